@@ -1,0 +1,195 @@
+"""Collect statistics of the inputs of a model's Linears while it runs."""
+
+import functools
+import json
+import os
+from collections import UserDict
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from scalesweep_hf.calibration.observers import AbsMax, ChannelSquare
+
+FORMAT = "scalesweep-statistics-1"
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """What calibration knows of one Linear's input.
+
+    Attributes:
+        absmax: [] float32, largest magnitude.
+        square: [K] float32, sum over tokens of the squares of every channel (eq. 11).
+    """
+
+    absmax: Tensor
+    square: Tensor
+
+
+class Statistics(UserDict[str, InputStatistics]):
+    """Input statistics by module name (without the base model's prefix), with where they came from.
+
+    Attributes:
+        provenance: JSON types only: source, samples, length, seed of the calibration data.
+        shared_inputs: module name to a number, equal for modules of one parent that received one
+            tensor.
+    """
+
+    def __init__(self, provenance: dict[str, Any] | None = None) -> None:
+        """Start empty."""
+        super().__init__()
+        self.provenance = provenance or {}
+        self.shared_inputs: dict[str, int] = {}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; it appears under its name only when whole."""
+        tensors = {}
+        for name, statistics in self.items():
+            tensors[f"{name}.absmax"] = statistics.absmax
+            tensors[f"{name}.square"] = statistics.square
+        metadata = {
+            "format": FORMAT,
+            "provenance": json.dumps(self.provenance),
+            "shared_inputs": json.dumps(self.shared_inputs),
+        }
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        save_file(tensors, part, metadata)
+        part.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Statistics":
+        """Read a file that `save` wrote.
+
+        Raises:
+            ValueError: the file is something else.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(
+                    f"{path} is not a statistics file: format is {metadata.get('format')!r}, "
+                    f"expected {FORMAT!r}; write one with Statistics.save"
+                )
+            result = cls(json.loads(metadata["provenance"]))
+            result.shared_inputs = json.loads(metadata["shared_inputs"])
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                name, _, kind = key.rpartition(".")
+                if kind == "absmax":
+                    result[name] = InputStatistics(
+                        file.get_tensor(key), file.get_tensor(f"{name}.square")
+                    )
+        return result
+
+
+def canonical_name(model: nn.Module, name: str) -> str:
+    """Return a module's name without the base model's prefix, the same with and without a head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+@contextmanager
+def collect(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[Statistics]:
+    """Observe the inputs of Linears inside the block; the statistics are complete when it ends.
+
+    Hooks come off when the block ends, however it ends.
+
+    Args:
+        model: run it yourself inside the block.
+        names: of the nn.Linear modules to observe; None means all.
+
+    Yields:
+        Statistics, empty until the block ends. Modules that never ran are absent.
+
+    Raises:
+        ValueError: a name is not an nn.Linear of the model.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    chosen = list(linears) if names is None else list(names)
+    for name in chosen:
+        if name not in linears:
+            raise ValueError(f"{name!r} is not an nn.Linear of {type(model).__name__}")
+    statistics = Statistics()
+    observers = {name: (AbsMax(), ChannelSquare()) for name in chosen}
+    inputs: dict[str, tuple[Any, ...]] = {}
+
+    def observe(
+        name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        x = args[0] if args else kwargs["input"]
+        inputs[name] = (x.data_ptr(), x.shape, x.stride(), x.device)
+        for observer in observers[name]:
+            observer.update(x)
+
+    with ExitStack() as stack:
+        for name in chosen:
+            hook = functools.partial(observe, name)
+            handle = linears[name].register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield statistics
+    distinct: dict[str, list[Any]] = {}
+    for name in chosen:
+        if name not in inputs:
+            continue
+        key = canonical_name(model, name)
+        absmax, square = observers[name]
+        statistics[key] = InputStatistics(absmax.value, square.value)
+        siblings = distinct.setdefault(name.rpartition(".")[0], [])
+        if inputs[name] not in siblings:
+            siblings.append(inputs[name])
+        statistics.shared_inputs[key] = siblings.index(inputs[name])
+
+
+def run_calibration(
+    model: nn.Module, tokens: Tensor, *, names: Iterable[str] | None = None, batch_size: int = 8
+) -> Statistics:
+    """Run token rows through a model and collect the statistics of its Linears' inputs.
+
+    Args:
+        model: takes ``input_ids``; a Transformers model in evaluation mode.
+        tokens: [rows, length] integer token ids.
+        names: as in `collect`.
+        batch_size: rows per forward pass.
+
+    Returns:
+        The statistics.
+
+    Raises:
+        ValueError: the model cannot run the tokens, or a Linear never ran or saw NaN or infinity.
+    """
+    names = None if names is None else list(names)
+    runner = _smallest_runner(model, names)
+    device = next(iter(model.parameters())).device
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    if embeddings is not None and embeddings.weight.device.type != "meta":
+        device = embeddings.weight.device
+    with torch.no_grad(), collect(model, names) as statistics:
+        for batch in tqdm(tokens.split(batch_size), desc="Calibrating", unit="batch", disable=None):
+            runner(input_ids=batch.to(device=device, dtype=torch.int64))
+    for name in names or ():
+        seen = statistics.get(canonical_name(model, name))
+        if seen is None:
+            raise ValueError(
+                f"{name}: no calibration text reached this module; add its name to "
+                "modules_to_not_convert"
+            )
+        if not torch.isfinite(seen.absmax):
+            raise ValueError(f"{name}: its input has max|x| = {seen.absmax.item()} in calibration")
+    return statistics
+
+
+def _smallest_runner(model: nn.Module, names: list[str] | None) -> nn.Module:
+    """Return the base model, which spares the logits, unless a module outside it is observed."""
+    base = getattr(model, "base_model", model)
+    inside = {id(module) for module in base.modules()}
+    if names is None or any(id(model.get_submodule(name)) not in inside for name in names):
+        return model
+    return base if isinstance(base, nn.Module) else model

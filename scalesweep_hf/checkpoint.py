@@ -1,0 +1,110 @@
+"""Checks of a packed checkpoint: nothing missing, nothing extra, nothing that decodes to NaN."""
+
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scalesweep_hf.modules import NVFP4Linear
+from scalesweep_hf.modules.linear import SCALES
+
+DTYPES = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"}
+
+
+def check_files(files: Iterable[str], quantized: Iterable[str], prefix: str) -> None:
+    """Check the headers of safetensors files against the modules listed in config.json.
+
+    Args:
+        files: paths of all shards.
+        quantized: module names without the base model's prefix.
+        prefix: the base model's prefix, with which the files may spell the names.
+
+    Raises:
+        ValueError: names the first tensor that is cut off, missing, not announced or of a wrong
+            dtype.
+    """
+    stored: dict[str, str] = {}
+    for file in files:
+        for name, kind in read_header(Path(file)).items():
+            stored[name.removeprefix(f"{prefix}.") if prefix else name] = kind
+    listed = set(quantized)
+    packed = {
+        name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")
+    }
+    missing, extra = sorted(listed - packed), sorted(packed - listed)
+    if missing and len(missing) == len(extra):
+        return  # the architecture renames its weights on loading; `check_loaded` sees what is missing
+    if extra:
+        raise ValueError(
+            f"tensor {extra[0]}.weight_scale is in the checkpoint, but quantized_modules in "
+            f"config.json does not list {extra[0]}: they are of different checkpoints"
+        )
+    for name in sorted(listed):
+        for part in ("weight", "weight_scale", "weight_scale_2"):
+            if (dtype := stored.get(f"{name}.{part}")) is None:
+                raise ValueError(
+                    f"tensor {name}.{part} is missing from the checkpoint: save it again"
+                )
+            if dtype != DTYPES[part]:
+                raise ValueError(
+                    f"tensor {name}.{part} has dtype {dtype}, expected {DTYPES[part]}: save it again"
+                )
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Read tensor names and dtypes of one safetensors file, without its data.
+
+    Raises:
+        ValueError: the file is shorter than its header says; names the first tensor that is cut
+            off.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{path} is truncated inside its header: download or save it again")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        end = 8 + length + entry["data_offsets"][1]
+        if end > size:
+            raise ValueError(
+                f"{path} is truncated: tensor {name} ends at byte {end}, the file at {size}; download or "
+                "save it again"
+            )
+    return {name: entry["dtype"] for name, entry in header.items()}
+
+
+def check_loaded(name: str, module: NVFP4Linear) -> None:
+    """Check one module after loading: every tensor arrived and no scale is NaN, zero or negative.
+
+    Args:
+        name: of the module, for the error.
+        module: packed, on a real device.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    for part, parameter in module.named_parameters(recurse=False):
+        if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
+            raise ValueError(f"tensor {name}.{part} is missing from the checkpoint: save it again")
+    check_scales(name, module)
+
+
+def check_scales(name: str, module: nn.Module) -> None:
+    """Raise ValueError, naming the tensor, unless all scales are finite and positive."""
+    for part in SCALES:
+        scale = getattr(module, part)
+        if scale is None:
+            continue
+        value = scale.to(torch.float32)
+        bad = ~(torch.isfinite(value) & (value > 0))
+        if bad.any():
+            raise ValueError(
+                f"tensor {name}.{part} has {int(bad.sum())} scales that are NaN, infinite or not "
+                f"positive, the first {value[bad].flatten()[0].item()}: the checkpoint is damaged"
+            )

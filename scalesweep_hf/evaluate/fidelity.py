@@ -1,0 +1,76 @@
+"""Perplexity, and the divergence of a quantized model from its original."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm.auto import tqdm
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How a language model predicts held-out text.
+
+    Attributes:
+        perplexity: exp of the mean negative log-likelihood per predicted token.
+        kl: mean KL(reference || model) in nats per position; 0 for the reference itself.
+        rows: how many token rows were measured.
+    """
+
+    perplexity: float
+    kl: float
+    rows: int
+
+
+def measure_fidelity(
+    models: dict[str, Any], reference: Any, tokens: Tensor, *, batch_size: int = 4
+) -> dict[str, Fidelity]:
+    """Measure several versions of a causal language model against one reference on the same text.
+
+    Logits are compared in float32, sums kept in float64. Every position of a row predicts the next
+    token, so a row of length L gives L - 1 likelihoods and L divergences.
+
+    Args:
+        models: by name; each takes ``input_ids`` and returns ``logits`` [B, L, V].
+        reference: the original model.
+        tokens: [rows, L] integer token ids.
+        batch_size: rows per forward pass.
+
+    Returns:
+        One Fidelity per model name, in order.
+
+    Raises:
+        ValueError: tokens is not [rows >= 1, L >= 2].
+    """
+    if tokens.ndim != 2 or tokens.shape[0] == 0 or tokens.shape[1] < 2:
+        raise ValueError(
+            f"tokens has shape {list(tokens.shape)}; expected [rows >= 1, length >= 2]"
+        )
+    nll = dict.fromkeys(models, 0.0)
+    divergence = dict.fromkeys(models, 0.0)
+    with torch.no_grad():
+        for batch in tqdm(tokens.split(batch_size), desc="Measuring", unit="batch", disable=None):
+            ids = batch.to(device=reference.device, dtype=torch.int64)
+            expected = _log_probabilities(reference, ids)  # [B, L, V]
+            for name, model in models.items():
+                actual = expected if model is reference else _log_probabilities(model, ids)
+                chosen = actual[:, :-1].gather(-1, ids[:, 1:, None])
+                nll[name] -= chosen.sum(dtype=torch.float64).item()
+                kl = functional.kl_div(actual, expected, reduction="none", log_target=True)
+                divergence[name] += kl.sum(dtype=torch.float64).item()
+    rows, length = tokens.shape
+    return {
+        name: Fidelity(
+            perplexity=float(torch.tensor(nll[name] / (rows * (length - 1))).exp()),
+            kl=divergence[name] / (rows * length),
+            rows=rows,
+        )
+        for name in models
+    }
+
+
+def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return functional.log_softmax(logits.float(), dim=-1)  # [B, L, V]

@@ -1,0 +1,72 @@
+"""The quantized product x W^T, with the arithmetic of an FP4 tensor core."""
+
+import torch
+from torch import Tensor
+
+from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, round_blocks
+from scalesweep_hf.ops.sweep import Window
+
+
+def linear(x: Tensor, weight: NVFP4Tensor, bias: Tensor | None = None) -> Tensor:
+    """Multiply unquantized x by a quantized weight: y = (x (codes * block_scale)^T) * S_w + bias.
+
+    Products are exact for 16-bit x, sums and everything after them float32, rounded once to x's
+    dtype.
+
+    Args:
+        x: [..., K] floating.
+        weight: [N, K].
+        bias: [N] floating or None.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    return _finish(_matmul(x, weight.values(x.dtype)), weight.tensor_scale, bias, x.dtype)
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: NVFP4Tensor,
+    bias: Tensor | None,
+    *,
+    input_scale: Tensor,
+    objective: str,
+    importance: Tensor | None,
+    window: Window,
+) -> Tensor:
+    """Quantize x with its static tensor scale, then multiply: y = (x_q w_q^T) * (S_x * S_w) + bias.
+
+    The operands codes * block_scale are exact in bfloat16 and their products exact in float32, so
+    this has the products that an FP4 tensor core has; sums are float32, the result is rounded once
+    to x's dtype.
+
+    Args:
+        x: [..., K] floating; NaN stays NaN, values beyond the static scale saturate.
+        weight: [N, K].
+        bias: [N] floating or None.
+        input_scale: [] float32 > 0, S_x.
+        objective: how x's block scales are chosen, as in `quantize`.
+        importance: [K] float32 >= 0 for "wmse", else None.
+        window: as in `quantize`.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    values = round_blocks(x, input_scale, objective=objective, importance=importance, window=window)
+    product = _matmul(values, weight.values(torch.bfloat16))
+    return _finish(product, input_scale * weight.tensor_scale, bias, x.dtype)
+
+
+def _matmul(x: Tensor, w: Tensor) -> Tensor:
+    """Return x w^T in float32, [..., N], for operands of one dtype."""
+    rows = x.reshape(-1, x.shape[-1])  # [T, K]
+    if rows.device.type == "cuda" and rows.dtype != torch.float32:
+        product = torch.mm(rows, w.T, out_dtype=torch.float32)
+    else:
+        product = torch.mm(rows.to(torch.float32), w.to(torch.float32).T)
+    return product.reshape(*x.shape[:-1], w.shape[0])
+
+
+def _finish(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    y = product * scale
+    return (y if bias is None else y + bias).to(dtype)

@@ -1,0 +1,257 @@
+"""NVFP4 tensors: two codes a byte, an E4M3 scale per 16 elements, a float32 scale per tensor."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scalesweep_hf.ops import e2m1, e4m3
+from scalesweep_hf.ops.sweep import BLOCK, OBJECTIVES, Window
+
+# Elements swept at a time. The sweep keeps about ten float32 temporaries of this size: a few MB on
+# a CPU, so that they stay in cache, and under 1 GB elsewhere, where launches are what costs.
+CHUNK_CPU = 1 << 17
+CHUNK_DEVICE = 1 << 24
+
+
+@dataclass(frozen=True)
+class NVFP4Tensor:
+    """A tensor x = decode(codes) * block_scale * tensor_scale.
+
+    Blocks are 16 elements of the last dimension.
+
+    Attributes:
+        packed: [..., K/2] uint8, two E2M1 codes a byte, the even element in the low nibble.
+        block_scale: [..., K/16] float8_e4m3fn, multiplies towards the value.
+        tensor_scale: [] float32, multiplies towards the value.
+    """
+
+    packed: Tensor
+    block_scale: Tensor
+    tensor_scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape [..., K] of the tensor that this represents."""
+        return torch.Size((*self.packed.shape[:-1], 2 * self.packed.shape[-1]))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all three parts."""
+        return self.packed.nbytes + self.block_scale.nbytes + self.tensor_scale.nbytes
+
+    def values(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """Multiply codes by block scales only.
+
+        Exact in bfloat16 and float16: a product has at most 6 significant bits.
+
+        Returns:
+            [..., K] dtype, in units of the tensor scale.
+        """
+        codes = e2m1.decode(unpack(self.packed), dtype)  # [..., K]
+        scale = self.block_scale.to(dtype).unsqueeze(-1)  # [..., G, 1]
+        blocks: Tensor = codes.unflatten(-1, (-1, BLOCK)) * scale
+        return blocks.flatten(-2)
+
+
+def quantize(
+    x: Tensor,
+    *,
+    objective: str = "mse",
+    importance: Tensor | None = None,
+    window: Window = "bounded",
+    tensor_scale: Tensor | None = None,
+) -> NVFP4Tensor:
+    """Quantize a tensor to NVFP4, choosing every block scale by the objective.
+
+    With S the tensor scale, each block of x / S gets its scale s (`scalesweep_hf.ops.sweep`) and
+    the codes of round_e2m1((x / S) / s); both divisions are IEEE float32. Works in chunks: beyond x
+    and the result it needs a few MB on a CPU, under 1 GB on an accelerator.
+
+    Args:
+        x: [..., K] floating, finite, K divisible by 16; not changed.
+        objective: "absmax", "four_over_six", "mse" or "wmse".
+        importance: broadcastable to x, >= 0; required by "wmse", refused by the others. Only ratios
+            inside a block matter.
+        window: "bounded", "exact" or code offsets (low, high); see `sweep_scales`.
+        tensor_scale: [] float32 > 0; None computes it from max|x| (`compute_tensor_scale`).
+
+    Returns:
+        The packed tensor, on x's device.
+
+    Raises:
+        ValueError: shape, objective, importance or tensor scale is not as above, or x or importance
+            has a NaN or an infinity.
+    """
+    check_objective(objective)
+    _check_blocks(x)
+    amax = _checked_amax(x)
+    importance = _check_importance(x, objective, importance)
+    if tensor_scale is None:
+        tensor_scale = compute_tensor_scale(amax, objective)
+    elif tensor_scale.numel() != 1 or not (torch.isfinite(tensor_scale) & (tensor_scale > 0)).all():
+        raise ValueError(f"tensor_scale is {tensor_scale}; expected one finite number > 0")
+    tensor_scale = tensor_scale.to(device=x.device, dtype=torch.float32).reshape(())
+    rows = x.reshape(-1, x.shape[-1])  # [R, K]
+    packed = x.new_empty((rows.shape[0], x.shape[-1] // 2), dtype=torch.uint8)
+    scales = x.new_empty((rows.shape[0], x.shape[-1] // BLOCK), dtype=torch.uint8)
+    for part, blocks, weight in _chunks(rows, tensor_scale, importance):
+        codes = OBJECTIVES[objective].choose(blocks, weight, window)  # [r, G]
+        scales[part] = codes
+        packed[part] = pack(e2m1.encode(blocks / e4m3.decode(codes).unsqueeze(-1)).flatten(-2))
+    return NVFP4Tensor(
+        packed.reshape(*x.shape[:-1], -1),
+        scales.reshape(*x.shape[:-1], -1).view(torch.float8_e4m3fn),
+        tensor_scale,
+    )
+
+
+def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return decode(codes) * block_scale * tensor_scale (eq. 5).
+
+    The product of the first two is exact; it is multiplied by the tensor scale in float32 and
+    rounded once to dtype.
+
+    Returns:
+        [..., K] dtype.
+    """
+    return (tensor.values(torch.float32) * tensor.tensor_scale).to(dtype)
+
+
+def round_blocks(
+    x: Tensor,
+    tensor_scale: Tensor,
+    *,
+    objective: str,
+    importance: Tensor | None = None,
+    window: Window = "bounded",
+) -> Tensor:
+    """Quantize and decode in one go: ``quantize(x, ...).values()`` without packing or checks.
+
+    For activations, at run time: nothing here waits for the device. NaN stays NaN; beyond the range
+    of the static tensor scale, infinity included, values saturate.
+
+    Args:
+        x: [..., K] floating, K divisible by 16.
+        tensor_scale: [] float32 > 0, static.
+        objective: as in `quantize`.
+        importance: [K] float32, finite and >= 0, for "wmse".
+        window: as in `quantize`.
+
+    Returns:
+        [..., K] bfloat16, exact, in units of the tensor scale.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # [R, K]
+    parts = []
+    for _, blocks, weight in _chunks(rows, tensor_scale, importance):
+        scale = e4m3.decode(OBJECTIVES[objective].choose(blocks, weight, window)).unsqueeze(-1)
+        parts.append((e2m1.round_to_e2m1(blocks / scale) * scale).flatten(-2).to(torch.bfloat16))
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return values.reshape(x.shape)
+
+
+def compute_tensor_scale(amax: Tensor, objective: str) -> Tensor:
+    """Compute S = max|x| / (range * 6), range 256 for the sweeps and 448 for AbsMax (eq. 14).
+
+    Args:
+        amax: [] the largest magnitude of the tensor, or of all tensors that share S.
+        objective: as in `quantize`.
+
+    Returns:
+        [] float32; 1 where the tensor is zero or so small that S would underflow.
+    """
+    scale = amax.to(torch.float32) / (OBJECTIVES[objective].scale_range * e2m1.MAX)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Pack two four-bit codes per byte, the even index in the low nibble.
+
+    Args:
+        codes: [..., K] uint8 in 0...15, K even.
+
+    Returns:
+        [..., K/2] uint8.
+    """
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Undo `pack`.
+
+    Args:
+        packed: [..., K/2] uint8.
+
+    Returns:
+        [..., K] uint8 codes in 0...15.
+    """
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def check_objective(objective: str) -> None:
+    """Raise ValueError unless objective names an initialisation of block scales."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective is {objective!r}; use one of {', '.join(OBJECTIVES)}")
+
+
+def _chunks(
+    rows: Tensor, tensor_scale: Tensor, importance: Tensor | None
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Yield, per chunk of rows: slice, x / S in blocks [r, G, 16] float32, importance in blocks."""
+    width = max(rows.shape[-1], 1)
+    size = max((CHUNK_CPU if rows.device.type == "cpu" else CHUNK_DEVICE) // width, 1)
+    shared = importance is not None and importance.ndim == 1
+    for start in range(0, max(rows.shape[0], 1), size):
+        part = slice(start, start + size)
+        blocks = (rows[part].to(torch.float32) / tensor_scale).unflatten(-1, (-1, BLOCK))
+        weight = None
+        if importance is not None:
+            weight = (importance if shared else importance[part]).unflatten(-1, (-1, BLOCK))
+        yield part, blocks, weight
+
+
+def _check_blocks(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"x has dtype {x.dtype}; expected a floating dtype")
+    if x.ndim == 0 or x.shape[-1] == 0 or x.shape[-1] % BLOCK:
+        raise ValueError(
+            f"x has shape {list(x.shape)}; the last dimension must be a positive multiple of "
+            f"{BLOCK}: pad it"
+        )
+
+
+def _checked_amax(x: Tensor) -> Tensor:
+    amax = x.abs().amax() if x.numel() else x.new_zeros(())
+    if not torch.isfinite(amax):
+        raise ValueError(
+            f"x has max|x| = {amax.item()}; NVFP4 has no NaN or infinity: clean x first"
+        )
+    return amax
+
+
+def _check_importance(x: Tensor, objective: str, importance: Tensor | None) -> Tensor | None:
+    """Check importance; return it as float32 [K] or [R, K] on x's device."""
+    weighted = OBJECTIVES[objective].weighted
+    if importance is None:
+        if weighted:
+            raise ValueError(f"objective {objective!r} needs importance: pass it, or use 'mse'")
+        return None
+    if not weighted:
+        raise ValueError(f"objective {objective!r} does not use importance: drop it, or use 'wmse'")
+    try:
+        shape = torch.broadcast_shapes(importance.shape, x.shape)
+    except RuntimeError:
+        shape = torch.Size()
+    if shape != x.shape:
+        raise ValueError(
+            f"importance of shape {list(importance.shape)} does not broadcast to x {list(x.shape)}"
+        )
+    importance = importance.to(device=x.device, dtype=torch.float32)
+    if not (torch.isfinite(importance) & (importance >= 0)).all():
+        raise ValueError(
+            "importance has a negative, NaN or infinite entry: it must be finite and >= 0"
+        )
+    if importance.numel() == importance.shape[-1] == x.shape[-1]:
+        return importance.reshape(-1)
+    return importance.expand(x.shape).reshape(-1, x.shape[-1])

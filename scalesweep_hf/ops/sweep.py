@@ -1,0 +1,295 @@
+"""ScaleSweep: choose the E4M3 scale of every block of 16 by the error it causes (arXiv 2606.07618).
+
+Everything here works on blocks already divided by the tensor scale; the tensor scale only
+multiplies the loss. Windows count E4M3 codes from the AbsMax code ``q0 = nearest(max|x| / 6)``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from scalesweep_hf.ops import e2m1, e4m3
+
+BLOCK = 16
+
+Window = Literal["bounded", "exact"] | tuple[int, int]
+
+# Offsets from q0 that hold every optimum, by the mantissa field of q0 (arXiv 2606.07618, Lemmas 4.1
+# and 4.3 with the authors' range proof). Index 0 of the subnormal rows is the code 0, which q0
+# never is.
+UP_NORMAL = (6, 7, 6, 6, 6, 6, 6, 6)
+UP_SUBNORMAL = (0, 1, 2, 2, 3, 4, 5, 5)
+DOWN_NORMAL = (3, 3, 2, 2, 2, 3, 3, 3)
+DOWN_SUBNORMAL = (0, 0, 1, 2, 3, 3, 3, 3)
+UP_MAX = max(UP_NORMAL)
+# An element that weighs nothing may be clipped at no cost, so weighted blocks have no universal
+# lower bound; eight codes halve the scale, which is what the paper searches.
+DOWN_WEIGHTED = 8
+# Steps from the lowest to the highest candidate: unweighted, weighted.
+BOUNDED_STEPS = (max(DOWN_NORMAL) + UP_MAX, DOWN_WEIGHTED + UP_MAX)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The winner of every block: its scale code and its loss.
+
+    Attributes:
+        codes: [..., G] uint8, E4M3 bit patterns in 1...126.
+        loss: [..., G] float32, eq. 2 in units of (x / tensor_scale)**2 times importance, where the
+            importance of each block is rescaled by a power of two (`normalize_importance`).
+    """
+
+    codes: Tensor
+    loss: Tensor
+
+
+def sweep_scales(
+    x: Tensor, importance: Tensor | None = None, *, window: Window = "bounded"
+) -> SweepResult:
+    """Choose, for every block, the E4M3 scale of least weighted squared error.
+
+    For block x and candidate s the loss is ``sum_i w_i * (x_i - s * round_e2m1(x_i / s))**2`` (eq.
+    2), each term as ``w * (e * e)``, summed left to right in float32 without fused multiply-add, so
+    that fast twins can reproduce it bit for bit. Ties go to the smaller scale.
+
+    Args:
+        x: [..., G, 16] float32, finite, already divided by the tensor scale.
+        importance: [16], [G, 16] or [..., G, 16] float32, finite and >= 0; None means 1. A block
+            whose importance is zero throughout is swept with 1. The result does not depend on its
+            unit.
+        window: "bounded": the offsets proved sufficient for the squared error, by mantissa field of
+            q0; with importance, eight codes down, as the paper does. "exact": the optimum over all
+            126 codes, with a proof per block (see `_sweep_exact`). ``(low, high)``: code offsets
+            from q0, inclusive.
+
+    Returns:
+        The winning codes and their losses.
+
+    Raises:
+        ValueError: the last dimension is not 16, or the window is none of the above.
+    """
+    if x.ndim < 2 or x.shape[-1] != BLOCK:
+        raise ValueError(
+            f"x has shape {list(x.shape)}; expected [..., G, {BLOCK}]: reshape it into blocks"
+        )
+    # One row per element position: the sum over a block is then 15 vector additions in a fixed
+    # order.
+    magnitude = x.abs().movedim(-1, 0).contiguous()  # [16, ..., G]
+    weight = None if importance is None else _rows(normalize_importance(importance), x.ndim)
+    code = absmax_codes(x).to(torch.int16)  # [..., G]
+    if window == "bounded":
+        down, up = _bounded_window(code, weighted=weight is not None)
+        return _sweep_window(
+            magnitude, weight, code - down, code + up, BOUNDED_STEPS[weight is not None]
+        )
+    if window == "exact":
+        if torch.compiler.is_compiling():  # no data-dependent stop in a graph: try them all
+            every = torch.zeros_like(code)
+            return _sweep_window(magnitude, weight, every, every + e4m3.MAX_CODE, e4m3.MAX_CODE)
+        return _sweep_exact(magnitude, weight, code)
+    low, high = check_window(window)
+    return _sweep_window(magnitude, weight, code + low, code + high, high - low)
+
+
+def block_loss(x: Tensor, scale: Tensor, importance: Tensor | None = None) -> Tensor:
+    """Evaluate eq. 2 for given scales, with the arithmetic of `sweep_scales`.
+
+    Args:
+        x: [..., G, 16] float32, already divided by the tensor scale.
+        scale: [..., G] float32, > 0.
+        importance: [16], [G, 16] or [..., G, 16] float32, >= 0, used as it is; None means 1.
+
+    Returns:
+        [..., G] float32 losses.
+    """
+    weight = None if importance is None else _rows(importance, x.ndim)
+    return _loss(x.abs().movedim(-1, 0), weight, scale)
+
+
+def absmax_codes(x: Tensor) -> Tensor:
+    """Choose the AbsMax scale: the E4M3 code nearest to max|x| / 6, the base q0 of every sweep.
+
+    Args:
+        x: [..., G, 16] float32, already divided by the tensor scale.
+
+    Returns:
+        [..., G] uint8 codes in 1...126.
+    """
+    return e4m3.encode_nearest(x.abs().amax(-1) / e2m1.MAX)
+
+
+def four_over_six_codes(x: Tensor) -> Tensor:
+    """Choose the better of two scales by squared error: the largest magnitude maps to 6 or to 4.
+
+    Ties go to the smaller scale, which maps to 6 (the published rule: arXiv 2512.02010).
+
+    Args:
+        x: [..., G, 16] float32, already divided by the tensor scale.
+
+    Returns:
+        [..., G] uint8 codes in 1...126.
+    """
+    six = absmax_codes(x)
+    four = e4m3.encode_nearest(x.abs().amax(-1) / 4.0)
+    magnitude = x.abs().movedim(-1, 0)
+    better = _loss(magnitude, None, e4m3.decode(four)) < _loss(magnitude, None, e4m3.decode(six))
+    return torch.where(better, four, six)
+
+
+def normalize_importance(importance: Tensor) -> Tensor:
+    """Scale every block's importance by a power of two, exactly, to a largest one in [0.5, 1).
+
+    Only ratios matter to eq. 2; the rescaling keeps products of very large or very small
+    importances inside float32. A block of zeros becomes a block of ones.
+
+    Args:
+        importance: [..., 16] float32, finite and >= 0.
+
+    Returns:
+        [..., 16] float32.
+    """
+    largest = importance.amax(-1, keepdim=True)  # [..., 1]
+    _, exponent = torch.frexp(largest)
+    # Two steps, because 2**149 overflows float32 and the smallest subnormals need it.
+    half = -exponent // 2
+    scaled = torch.ldexp(torch.ldexp(importance, half), -exponent - half)
+    return torch.where(largest > 0, scaled, torch.ones_like(scaled))
+
+
+def _loss(magnitude: Tensor, weight: Tensor | None, scale: Tensor) -> Tensor:
+    """Sum ``w * (e * e)`` over dimension 0, left to right; the sign of x cancels in e."""
+    error = magnitude - e2m1.round_magnitude(magnitude / scale) * scale  # [16, ..., G]
+    term = error * error
+    if weight is not None:
+        term = weight * term
+    return _sum_left_to_right(term)
+
+
+def _sum_left_to_right(term: Tensor) -> Tensor:
+    total = term[0].clone()  # [..., G]
+    for i in range(1, BLOCK):
+        total += term[i]
+    return total
+
+
+def _rows(importance: Tensor, ndim: int) -> Tensor:
+    """Bring importance to [16, ..., G] with ndim dimensions, broadcastable to the magnitudes."""
+    leading = (1,) * (ndim - importance.ndim)
+    return importance.reshape(leading + importance.shape).movedim(-1, 0).contiguous()
+
+
+def _bounded_window(code: Tensor, *, weighted: bool) -> tuple[Tensor, Tensor]:
+    """Return how many codes down and up from q0 the optimum can lie, [..., G] int16 each."""
+    field = (code & 7).int()
+    subnormal = code < 8
+    up = torch.where(subnormal, _table(UP_SUBNORMAL, code)[field], _table(UP_NORMAL, code)[field])
+    if weighted:
+        return torch.full_like(code, DOWN_WEIGHTED), up
+    down = torch.where(
+        subnormal, _table(DOWN_SUBNORMAL, code)[field], _table(DOWN_NORMAL, code)[field]
+    )
+    return down, up
+
+
+def check_window(window: Window) -> tuple[int, int]:
+    """Return an explicit window's offsets.
+
+    Raises:
+        ValueError: it is not a pair of integers with low <= 0 <= high.
+    """
+    if (
+        isinstance(window, str)
+        or len(window) != 2
+        or not all(type(offset) is int for offset in window)
+        or not window[0] <= 0 <= window[1]
+    ):
+        raise ValueError(
+            f"window is {window!r}; use 'bounded', 'exact' or integer code offsets (low, high) "
+            "with low <= 0 <= high"
+        )
+    return window[0], window[1]
+
+
+def _table(values: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+
+def _sweep_window(
+    magnitude: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, steps: int
+) -> SweepResult:
+    """Try the codes low...high of every block; shorter windows repeat their last code."""
+    low = low.clamp(e4m3.MIN_CODE, e4m3.MAX_CODE)
+    high = high.clamp(e4m3.MIN_CODE, e4m3.MAX_CODE)
+    best_code = low
+    best_loss = _loss(magnitude, weight, e4m3.decode(low.to(torch.uint8)))
+    for step in range(1, steps + 1):
+        code = torch.minimum(low + step, high)
+        loss = _loss(magnitude, weight, e4m3.decode(code.to(torch.uint8)))
+        better = loss < best_loss  # strictly: the smaller scale, tried first, keeps a tie
+        best_loss = torch.where(better, loss, best_loss)
+        best_code = torch.where(better, code, best_code)
+    return SweepResult(best_code.to(torch.uint8), best_loss)
+
+
+def _sweep_exact(magnitude: Tensor, weight: Tensor | None, base: Tensor) -> SweepResult:
+    """Walk the codes downward from q0 + 7 and drop a block once no smaller scale can win.
+
+    Every scale s' <= s costs at least what clipping costs at s: C(s) = sum_i w_i max(0, |x_i| - 6
+    s)**2.
+    This holds for the computed numbers too, not only the real ones: 6 s is exact in float32, a
+    clipped element's computed error is the same expression at s' and grows as s' falls, and rounded
+    subtraction, multiplication and addition of non-negative terms in one fixed order are monotone.
+    So a block with C(s) > best loss has its optimum over all 126 codes; q0 + 7 bounds it from above
+    (Lemma 4.1).
+    """
+    shape = base.shape
+    rows = magnitude.reshape(BLOCK, -1)  # [16, B]
+    weights = None if weight is None else weight.expand(magnitude.shape).reshape(BLOCK, -1)
+    code = base.reshape(-1).add(UP_MAX).clamp(max=e4m3.MAX_CODE)  # [B]
+    best_code = code.clone()
+    best_loss = torch.full_like(code, torch.inf, dtype=torch.float32)
+    alive = torch.arange(code.numel(), device=code.device)
+    while alive.numel():
+        scale = e4m3.decode(code.to(torch.uint8))
+        loss = _loss(rows, weights, scale)
+        better = loss <= best_loss[alive]  # the walk goes down: the smaller scale takes a tie
+        best_loss[alive] = torch.where(better, loss, best_loss[alive])
+        best_code[alive] = torch.where(better, code, best_code[alive])
+        clipped = (rows - e2m1.MAX * scale).clamp(min=0.0)
+        cost = clipped * clipped if weights is None else weights * (clipped * clipped)
+        go_on = (code > e4m3.MIN_CODE) & (_sum_left_to_right(cost) <= best_loss[alive])
+        alive, code, rows = alive[go_on], code[go_on] - 1, rows[:, go_on]
+        weights = None if weights is None else weights[:, go_on]
+    return SweepResult(best_code.to(torch.uint8).reshape(shape), best_loss.reshape(shape))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """One way to initialise block scales.
+
+    Attributes:
+        choose: (x [..., G, 16] float32, importance or None, window) -> [..., G] uint8 codes.
+        scale_range: largest block scale that the tensor scale leaves to the largest block's AbsMax
+            scale; 256 keeps E4M3 room for scales up to 1.75 times as large (eq. 14), 448 is the
+            plain baseline.
+        weighted: whether it uses the importance.
+    """
+
+    choose: Callable[[Tensor, Tensor | None, Window], Tensor]
+    scale_range: float
+    weighted: bool = False
+
+
+OBJECTIVES = {
+    "absmax": Objective(lambda x, importance, window: absmax_codes(x), e4m3.MAX),
+    "four_over_six": Objective(lambda x, importance, window: four_over_six_codes(x), 256.0),
+    "mse": Objective(lambda x, importance, window: sweep_scales(x, window=window).codes, 256.0),
+    "wmse": Objective(
+        lambda x, importance, window: sweep_scales(x, importance, window=window).codes,
+        256.0,
+        weighted=True,
+    ),
+}

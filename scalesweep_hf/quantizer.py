@@ -1,0 +1,365 @@
+"""ScaleSweepHfQuantizer: what from_pretrained calls to swap, quantize, save and reload Linears.
+
+On the fly: nothing to calibrate, or statistics given as a file; each weight is quantized as it is
+read. Calibrated: load, run calibration text, then quantize module by module.
+"""
+
+import copy
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import dispatch_model
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers import auto as registry
+from transformers.quantizers.quantizers_utils import get_module_from_name
+from transformers.utils import logging
+
+from scalesweep_hf.calibration import Statistics, calibration_tokens, run_calibration
+from scalesweep_hf.calibration.collect import canonical_name
+from scalesweep_hf.calibration.data import is_local_file
+from scalesweep_hf.checkpoint import check_files, check_loaded
+from scalesweep_hf.config import METHOD, ScaleSweepConfig
+from scalesweep_hf.modules.linear import (
+    LinearRecipe,
+    NVFP4Linear,
+    quantize_group,
+    share_input_importance,
+)
+from scalesweep_hf.targets import find_modules, group_by_input, linears, select_linears
+from scalesweep_hf.version import __version__
+
+logger = logging.get_logger(__name__)
+
+CALIBRATION_BATCH = 8
+
+
+class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Quantizes a model to NVFP4 while Transformers loads it, and reloads what was saved.
+
+    Supports Transformers 5.17 to 5.23.
+    """
+
+    requires_calibration = False
+    quantization_config: ScaleSweepConfig
+
+    def __init__(self, quantization_config: ScaleSweepConfig, **kwargs: Any) -> None:
+        """Keep a copy of the config, which loading completes; the caller's stays as it is."""
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.statistics: Statistics | None = None
+        self.groups: list[list[str]] = []
+        self._waiting: dict[str, Tensor] = {}
+
+    @property
+    def on_the_fly(self) -> bool:
+        """Whether weights are quantized as they are read."""
+        return not self.pre_quantized and not self.quantization_config.needs_calibration
+
+    # Before loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse, before any weight is read, what would fail after minutes.
+
+        Raises:
+            FileNotFoundError: the calibration data or the statistics are a local file that is
+                absent.
+            ValueError: calibration is to run on a model that is partly on disk.
+        """
+        config = self.quantization_config
+        if self.pre_quantized:
+            return
+        if config.statistics is not None:
+            self.statistics = Statistics.load(_existing(config.statistics, "statistics"))
+        if (
+            isinstance(config.dataset, str)
+            and config.needs_calibration
+            and is_local_file(config.dataset)
+        ):
+            _existing(config.dataset, "dataset")
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values() and not self.on_the_fly:
+            raise ValueError(
+                "device_map puts modules on disk, where calibration cannot run: use CPU offload, "
+                "scheme 'W' with objective 'mse', or a statistics file"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Default to the accelerator, where there is one: sweeps on a CPU are slow."""
+        if device_map is not None or self.pre_quantized or not torch.accelerator.is_available():
+            return device_map
+        device = torch.accelerator.current_accelerator()
+        assert device is not None
+        logger.info(
+            f"No device_map was given: quantizing on {device}. Pass one to choose otherwise."
+        )
+        return {"": torch.device(device.type, torch.accelerator.current_device_index())}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        if self.pre_quantized:
+            recorded = config.quantized_modules or []
+            if checkpoint_files and all(
+                Path(file).suffix == ".safetensors" for file in checkpoint_files
+            ):
+                check_files(checkpoint_files, recorded, model.base_model_prefix)
+            names = find_modules(model, recorded)
+        else:
+            names = select_linears(model, config.modules_to_not_convert)
+            config.quantized_modules = [canonical_name(model, name) for name in names]
+            tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+            names = [name for name in names if f"{name}.weight" not in tied]
+        for name in names:
+            module = self._swap(model, name)
+            if self.pre_quantized:
+                module.allocate_packed()
+                # Weight initialisation of Transformers must not touch packed tensors.
+                module._is_hf_initialized = True  # type: ignore[assignment]
+            elif self.on_the_fly:
+                module.allocate_packed(keep_weight=True)
+        self._group(model)
+
+    def _swap(self, model: PreTrainedModel, name: str) -> NVFP4Linear:
+        config = self.quantization_config
+        short = canonical_name(model, name)
+        weights = config.objective_for("weights", short)
+        assert weights is not None
+        recipe = LinearRecipe(weights, config.objective_for("activations", short), config.window)
+        module = NVFP4Linear.from_linear(model.get_submodule(name), recipe)
+        model.set_submodule(name, module)
+        return module
+
+    def _group(self, model: PreTrainedModel) -> None:
+        """Decide which modules share scales: as recorded, as calibration saw it, or by name."""
+        names = {canonical_name(model, name): name for name in linears(model)}
+        config = self.quantization_config
+        if self.pre_quantized:
+            shared = [[n for n in group if n in names] for group in config.shared_inputs or []]
+            grouped = {name for group in shared for name in group}
+            groups = [*filter(None, shared), *([name] for name in names if name not in grouped)]
+        else:
+            seen = None if self.statistics is None else self.statistics.shared_inputs
+            groups = group_by_input(names, seen)
+            config.shared_inputs = [group for group in groups if len(group) > 1]
+        self.groups = [[names[name] for name in group] for group in groups]
+
+    # While loading
+
+    def param_needs_quantization(
+        self, model: PreTrainedModel, param_name: str, **kwargs: Any
+    ) -> bool:
+        """Whether this checkpoint tensor is a weight to quantize as it is read."""
+        if not self.on_the_fly or not param_name.endswith(".weight"):
+            return False
+        return isinstance(get_module_from_name(model, param_name)[0], NVFP4Linear)
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Return bytes per element for device_map="auto": half a byte for weights to be packed."""
+        if self.param_needs_quantization(model, param_name):
+            return 0.5
+        return param.element_size()
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """Return the operation that turns a weight into packed tensors."""
+        return QuantizeOnTheFly(self)
+
+    def quantize_as_read(
+        self, model: PreTrainedModel, name: str, weight: Tensor
+    ) -> dict[str, Tensor]:
+        """Quantize a weight once all weights of its group are there; until then, keep it.
+
+        Returns:
+            Packed parameters by full name, of the whole group; empty while the group is incomplete.
+        """
+        self._waiting[name] = weight
+        group = next(group for group in self.groups if name in group)
+        if not all(member in self._waiting for member in group):
+            return {}
+        modules = [model.get_submodule(member) for member in group]
+        weights = [self._waiting.pop(member) for member in group]
+        packed = self._quantize_group(model, group, modules, weights)
+        return {
+            f"{member}.{part}": nn.Parameter(tensor, requires_grad=False)
+            for member, tensors in zip(group, packed, strict=True)
+            for part, tensor in tensors.items()
+        }
+
+    def _quantize_group(
+        self,
+        model: PreTrainedModel,
+        group: Sequence[str],
+        modules: Sequence[NVFP4Linear],
+        weights: Sequence[Tensor],
+    ) -> list[dict[str, Tensor]]:
+        name = canonical_name(model, group[0])
+        seen = None if self.statistics is None else self.statistics.get(name)
+        if self.statistics is not None and seen is None:
+            raise ValueError(f"{name}: no statistics in {self.quantization_config.statistics}")
+        return quantize_group(
+            modules,
+            weights,
+            input_absmax=None if seen is None else seen.absmax,
+            input_square=None if seen is None else seen.square,
+        )
+
+    # After loading
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config
+        with torch.no_grad():
+            if self.pre_quantized:
+                for name, module in linears(model).items():
+                    with align_module_device(module):
+                        check_loaded(name, module)
+                    for parameter in module.parameters(recurse=False):
+                        parameter.requires_grad_(
+                            parameter.requires_grad and parameter is module.bias
+                        )
+            else:
+                self._swap_tied_head(model)
+                if config.needs_calibration:
+                    self._calibrate(model)
+                self._group(model)
+                self._quantize_remaining(model)
+                config.version = __version__
+                config.calibration = None if self.statistics is None else self.statistics.provenance
+            if self.pre_quantized and config.dequantize:
+                self._dequantize(model)
+                return
+            self._share_input_importance(model)
+        model.add_model_tags(["nvfp4", METHOD])
+
+    def _swap_tied_head(self, model: PreTrainedModel) -> None:
+        """Give a tied head that the user wants quantized a weight of its own."""
+        for name in find_modules(model, self.quantization_config.quantized_modules or []):
+            module = model.get_submodule(name)
+            if isinstance(module, NVFP4Linear):
+                continue
+            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+            model.config.get_text_config().tie_word_embeddings = False
+            model.config.tie_word_embeddings = False
+            model.all_tied_weights_keys = {
+                key: source
+                for key, source in model.all_tied_weights_keys.items()
+                if key != f"{name}.weight"
+            }
+            self._swap(model, name)
+
+    def _calibrate(self, model: PreTrainedModel) -> None:
+        config = self.quantization_config
+        assert config.dataset is not None
+        tokens, provenance = calibration_tokens(
+            config.dataset,
+            model,
+            num_samples=config.num_samples,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            batch_size=config.batch_size,
+        )
+        self.statistics = run_calibration(
+            model, tokens, names=linears(model), batch_size=config.batch_size or CALIBRATION_BATCH
+        )
+        self.statistics.provenance = provenance
+
+    def _quantize_remaining(self, model: PreTrainedModel) -> None:
+        """Quantize, group by group, what was not quantized as it was read."""
+        modules = linears(model)
+        groups = [g for g in self.groups if not all(modules[name].is_packed for name in g)]
+        if not groups:
+            return
+        device_map = getattr(model, "hf_device_map", None)
+        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+        if hooked:  # offloaded weights come back to the CPU
+            remove_hook_from_submodules(model)
+        for group in tqdm(groups, desc="Quantizing", unit="group", disable=None):
+            weights = [self._waiting.pop(name, modules[name].weight) for name in group]
+            members = [modules[name] for name in group]
+            for module, tensors in zip(
+                members, self._quantize_group(model, group, members, weights), strict=True
+            ):
+                module.set_packed(tensors)
+            del weights
+        if hooked:
+            dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+
+    def _share_input_importance(self, model: PreTrainedModel) -> None:
+        modules = linears(model)
+        for group in self.groups:
+            members = [modules[name] for name in group]
+            with ExitStack() as stack:
+                for module in members:
+                    stack.enter_context(align_module_device(module))
+                share_input_importance(members)
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        for name, module in linears(model).items():
+            model.set_submodule(name, module.to_linear(dtype or model.dtype))
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Say that quantized models can be saved."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights have no gradient."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Forward passes are plain torch operations."""
+        return True
+
+
+class QuantizeOnTheFly(ConversionOps):  # type: ignore[misc]
+    """Loading operation: a full-precision weight in, packed tensors of its complete group out."""
+
+    def __init__(self, hf_quantizer: ScaleSweepHfQuantizer) -> None:
+        """Keep the quantizer, which knows the groups."""
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        model: PreTrainedModel | None = None,
+        full_layer_name: str | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Quantize the weight that was read as ``full_layer_name``."""
+        assert model is not None
+        assert full_layer_name is not None
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        return self.hf_quantizer.quantize_as_read(
+            model, full_layer_name.removesuffix(".weight"), weight
+        )
+
+
+def register() -> None:
+    """Make Transformers know the method; safe to repeat."""
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = ScaleSweepConfig
+    registry.AUTO_QUANTIZER_MAPPING[METHOD] = ScaleSweepHfQuantizer
+    if ScaleSweepConfig not in registry.LOADING_ATTRIBUTES_CONFIG_TYPES:
+        # Without this, a config passed when loading a saved checkpoint is ignored as a whole.
+        registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (ScaleSweepConfig,)
+
+
+def _existing(path: str, field: str) -> str:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{field} {path!r} does not exist")
+    return path
