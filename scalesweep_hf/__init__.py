@@ -3,7 +3,7 @@
 Importing this package registers the method "scalesweep" with Transformers.
 """
 
-from scalesweep_hf.calibration import Statistics, collect
+from scalesweep_hf.calibration import Statistics, calibrate, collect
 from scalesweep_hf.config import ScaleSweepConfig
 from scalesweep_hf.modules import NVFP4Linear
 from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, dequantize, quantize
@@ -19,6 +19,7 @@ __all__ = [
     "ScaleSweepHfQuantizer",
     "Statistics",
     "__version__",
+    "calibrate",
     "collect",
     "dequantize",
     "quantize",

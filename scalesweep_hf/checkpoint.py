@@ -36,10 +36,11 @@ def check_files(files: Iterable[str], quantized: Iterable[str], prefix: str) -> 
     }
     missing, extra = sorted(listed - packed), sorted(packed - listed)
     if missing and len(missing) == len(extra):
-        return  # the architecture renames its weights on loading; `check_loaded` sees what is missing
+        # The architecture renames its weights on loading; `check_arrived` sees what is missing.
+        return
     if extra:
         raise ValueError(
-            f"tensor {extra[0]}.weight_scale is in the checkpoint, but quantized_modules in "
+            f"tensor {extra[0]}.weight_scale is stored, but quantized_modules in "
             f"config.json does not list {extra[0]}: they are of different checkpoints"
         )
     for name in sorted(listed):
@@ -50,7 +51,8 @@ def check_files(files: Iterable[str], quantized: Iterable[str], prefix: str) -> 
                 )
             if dtype != DTYPES[part]:
                 raise ValueError(
-                    f"tensor {name}.{part} has dtype {dtype}, expected {DTYPES[part]}: save it again"
+                    f"tensor {name}.{part} has dtype {dtype}, expected {DTYPES[part]}: "
+                    "save it again"
                 )
 
 
@@ -73,26 +75,21 @@ def read_header(path: Path) -> dict[str, str]:
         end = 8 + length + entry["data_offsets"][1]
         if end > size:
             raise ValueError(
-                f"{path} is truncated: tensor {name} ends at byte {end}, the file at {size}; download or "
-                "save it again"
+                f"{path} is truncated: tensor {name} ends at byte {end}, the file at {size}; "
+                "download or save it again"
             )
     return {name: entry["dtype"] for name, entry in header.items()}
 
 
-def check_loaded(name: str, module: NVFP4Linear) -> None:
-    """Check one module after loading: every tensor arrived and no scale is NaN, zero or negative.
+def check_arrived(name: str, module: NVFP4Linear) -> None:
+    """Raise ValueError, naming the tensor, unless loading filled every parameter of a module.
 
-    Args:
-        name: of the module, for the error.
-        module: packed, on a real device.
-
-    Raises:
-        ValueError: names the tensor.
+    Transformers leaves what a checkpoint lacks uninitialised; it marks what it has loaded.
+    Offloaded parameters carry no mark; `check_files` has seen them.
     """
     for part, parameter in module.named_parameters(recurse=False):
         if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
-            raise ValueError(f"tensor {name}.{part} is missing from the checkpoint: save it again")
-    check_scales(name, module)
+            raise ValueError(f"tensor {name}.{part} is missing from the checkpoint")
 
 
 def check_scales(name: str, module: nn.Module) -> None:

@@ -165,8 +165,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         if data is None and self.needs_calibration and self.quantized_modules is None:
             raise ValueError(
-                f"scheme {self.scheme!r} with objective {self.objective!r} needs calibration, but dataset "
-                "is None: use dataset='self', or scheme 'W' with objective 'mse'"
+                f"scheme {self.scheme!r} with objective {self.objective!r} needs calibration, but "
+                "dataset is None: use dataset='self', or scheme 'W' with objective 'mse'"
             )
 
     def objective_for(self, kind: str, name: str) -> str | None:

@@ -24,10 +24,10 @@ from transformers.quantizers import auto as registry
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
-from scalesweep_hf.calibration import Statistics, calibration_tokens, run_calibration
+from scalesweep_hf.calibration import Statistics, calibrate
 from scalesweep_hf.calibration.collect import canonical_name
 from scalesweep_hf.calibration.data import is_local_file
-from scalesweep_hf.checkpoint import check_files, check_loaded
+from scalesweep_hf.checkpoint import check_arrived, check_files, check_scales
 from scalesweep_hf.config import METHOD, ScaleSweepConfig
 from scalesweep_hf.modules.linear import (
     LinearRecipe,
@@ -39,8 +39,6 @@ from scalesweep_hf.targets import find_modules, group_by_input, linears, select_
 from scalesweep_hf.version import __version__
 
 logger = logging.get_logger(__name__)
-
-CALIBRATION_BATCH = 8
 
 
 class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -72,7 +70,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             FileNotFoundError: the calibration data or the statistics are a local file that is
                 absent.
-            ValueError: calibration is to run on a model that is partly on disk.
+            ValueError: a model that is to be quantized is partly on disk.
         """
         config = self.quantization_config
         if self.pre_quantized:
@@ -86,10 +84,10 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         ):
             _existing(config.dataset, "dataset")
         device_map = kwargs.get("device_map")
-        if isinstance(device_map, dict) and "disk" in device_map.values() and not self.on_the_fly:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
-                "device_map puts modules on disk, where calibration cannot run: use CPU offload, "
-                "scheme 'W' with objective 'mse', or a statistics file"
+                "device_map puts modules on disk, where they cannot be quantized: quantize with "
+                "CPU offload and save; the saved checkpoint can be loaded with disk offload"
             )
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -117,6 +115,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             names = select_linears(model, config.modules_to_not_convert)
             config.quantized_modules = [canonical_name(model, name) for name in names]
+            self._check_statistics()
             tied = set(getattr(model, "all_tied_weights_keys", None) or ())
             names = [name for name in names if f"{name}.weight" not in tied]
         for name in names:
@@ -128,6 +127,14 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             elif self.on_the_fly:
                 module.allocate_packed(keep_weight=True)
         self._group(model)
+
+    def _check_statistics(self) -> None:
+        for name in self.quantization_config.quantized_modules or []:
+            if self.statistics is not None and name not in self.statistics:
+                raise ValueError(
+                    f"{self.quantization_config.statistics} has no statistics of {name}: calibrate "
+                    "this model, or add the name to modules_to_not_convert"
+                )
 
     def _swap(self, model: PreTrainedModel, name: str) -> NVFP4Linear:
         config = self.quantization_config
@@ -202,15 +209,16 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         weights: Sequence[Tensor],
     ) -> list[dict[str, Tensor]]:
         name = canonical_name(model, group[0])
-        seen = None if self.statistics is None else self.statistics.get(name)
-        if self.statistics is not None and seen is None:
-            raise ValueError(f"{name}: no statistics in {self.quantization_config.statistics}")
-        return quantize_group(
-            modules,
-            weights,
-            input_absmax=None if seen is None else seen.absmax,
-            input_square=None if seen is None else seen.square,
-        )
+        seen = None if self.statistics is None else self.statistics[name]
+        try:
+            return quantize_group(
+                modules,
+                weights,
+                input_absmax=None if seen is None else seen.absmax,
+                input_square=None if seen is None else seen.square,
+            )
+        except ValueError as error:
+            raise ValueError(f"{', '.join(group)}: {error}") from error
 
     # After loading
 
@@ -219,8 +227,9 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.no_grad():
             if self.pre_quantized:
                 for name, module in linears(model).items():
+                    check_arrived(name, module)
                     with align_module_device(module):
-                        check_loaded(name, module)
+                        check_scales(name, module)
                     for parameter in module.parameters(recurse=False):
                         parameter.requires_grad_(
                             parameter.requires_grad and parameter is module.bias
@@ -258,18 +267,15 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _calibrate(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
         assert config.dataset is not None
-        tokens, provenance = calibration_tokens(
-            config.dataset,
+        self.statistics = calibrate(
             model,
+            config.dataset,
             num_samples=config.num_samples,
             sequence_length=config.sequence_length,
             seed=config.seed,
             batch_size=config.batch_size,
+            names=linears(model),
         )
-        self.statistics = run_calibration(
-            model, tokens, names=linears(model), batch_size=config.batch_size or CALIBRATION_BATCH
-        )
-        self.statistics.provenance = provenance
 
     def _quantize_remaining(self, model: PreTrainedModel) -> None:
         """Quantize, group by group, what was not quantized as it was read."""
@@ -305,10 +311,13 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 share_input_importance(members)
 
     def _dequantize(
-        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+        self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
+        if isinstance(dtype, str):  # as config.json spells it, once the model has been saved
+            dtype = getattr(torch, dtype)
         for name, module in linears(model).items():
-            model.set_submodule(name, module.to_linear(dtype or model.dtype))
+            with align_module_device(module):
+                model.set_submodule(name, module.to_linear(dtype or model.dtype))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

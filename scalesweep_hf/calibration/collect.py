@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from scalesweep_hf.calibration.observers import AbsMax, ChannelSquare
 
@@ -146,50 +144,3 @@ def collect(model: nn.Module, names: Iterable[str] | None = None) -> Iterator[St
         if inputs[name] not in siblings:
             siblings.append(inputs[name])
         statistics.shared_inputs[key] = siblings.index(inputs[name])
-
-
-def run_calibration(
-    model: nn.Module, tokens: Tensor, *, names: Iterable[str] | None = None, batch_size: int = 8
-) -> Statistics:
-    """Run token rows through a model and collect the statistics of its Linears' inputs.
-
-    Args:
-        model: takes ``input_ids``; a Transformers model in evaluation mode.
-        tokens: [rows, length] integer token ids.
-        names: as in `collect`.
-        batch_size: rows per forward pass.
-
-    Returns:
-        The statistics.
-
-    Raises:
-        ValueError: the model cannot run the tokens, or a Linear never ran or saw NaN or infinity.
-    """
-    names = None if names is None else list(names)
-    runner = _smallest_runner(model, names)
-    device = next(iter(model.parameters())).device
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    if embeddings is not None and embeddings.weight.device.type != "meta":
-        device = embeddings.weight.device
-    with torch.no_grad(), collect(model, names) as statistics:
-        for batch in tqdm(tokens.split(batch_size), desc="Calibrating", unit="batch", disable=None):
-            runner(input_ids=batch.to(device=device, dtype=torch.int64))
-    for name in names or ():
-        seen = statistics.get(canonical_name(model, name))
-        if seen is None:
-            raise ValueError(
-                f"{name}: no calibration text reached this module; add its name to "
-                "modules_to_not_convert"
-            )
-        if not torch.isfinite(seen.absmax):
-            raise ValueError(f"{name}: its input has max|x| = {seen.absmax.item()} in calibration")
-    return statistics
-
-
-def _smallest_runner(model: nn.Module, names: list[str] | None) -> nn.Module:
-    """Return the base model, which spares the logits, unless a module outside it is observed."""
-    base = getattr(model, "base_model", model)
-    inside = {id(module) for module in base.modules()}
-    if names is None or any(id(model.get_submodule(name)) not in inside for name in names):
-        return model
-    return base if isinstance(base, nn.Module) else model

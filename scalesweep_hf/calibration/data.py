@@ -251,8 +251,8 @@ def _load_tokenizer(model: Any, *, required: bool = True) -> Any:
         if not required:
             return None
         raise ValueError(
-            f"no tokenizer found at {model.name_or_path!r} for the calibration text; save one beside "
-            "the model, or pass dataset= token ids"
+            f"no tokenizer found at {model.name_or_path!r} for the calibration text; save one "
+            "beside the model, or pass dataset= token ids"
         ) from error
 
 

@@ -1,0 +1,298 @@
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from scalesweep_hf import ScaleSweepConfig
+from scalesweep_hf.config import RESOLVED
+
+TOKENS = torch.arange(6).reshape(2, 3)
+TEXTS = ["one text", "another"]
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+FULL: dict[str, Any] = {
+    "scheme": "WA",
+    "objective": "four_over_six",
+    "algorithm": "rtn",
+    "window": (-5, 6),
+    "overrides": {"activations": "mse", "*.down_proj": {"weights": "wmse", "activations": None}},
+    "dataset": "org/name:config:split",
+    "num_samples": 3,
+    "sequence_length": 77,
+    "seed": 5,
+    "batch_size": 2,
+    "statistics": "statistics.safetensors",
+    "modules_to_not_convert": ["lm_head", "*.gate"],
+    "backend": "torch",
+    "dequantize": True,
+    "quantized_modules": ["layers.0.up_proj"],
+    "shared_inputs": [["layers.0.up_proj", "layers.0.gate_proj"]],
+    "calibration": {"source": "self", "num_samples": 3},
+    "version": "0.1.0",
+}
+EXAMPLES: list[dict[str, Any]] = [
+    {},
+    {"scheme": "W", "objective": "mse", "dataset": None},
+    {"window": "exact"},
+    {"window": [-3, 7]},
+    FULL,
+]
+
+
+@pytest.mark.parametrize("fields", EXAMPLES)
+def test_dict_json_and_yaml_round_trip(fields: dict[str, Any], tmp_path: Path) -> None:
+    config = ScaleSweepConfig(**fields)
+    as_dict = config.to_dict()
+    config.to_yaml(tmp_path / "config.yaml")
+    config.to_json_file(tmp_path / "config.json")
+    copies = [
+        ScaleSweepConfig.from_dict(as_dict),
+        ScaleSweepConfig(**json.loads(config.to_json_string())),
+        ScaleSweepConfig(**json.loads((tmp_path / "config.json").read_text())),
+        ScaleSweepConfig.from_yaml(tmp_path / "config.yaml"),
+        ScaleSweepConfig(**dict(config)),
+    ]
+    for other in copies:
+        assert other == config
+        assert other.__dict__ == config.__dict__
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "config.yaml"]
+
+
+def test_every_field_is_kept() -> None:
+    written = ScaleSweepConfig(**FULL).to_dict()
+    assert written == {**FULL, "window": [-5, 6], "quant_method": "scalesweep"}
+    assert json.loads(json.dumps(written)) == written
+
+
+def test_to_dict_shares_nothing_with_the_config() -> None:
+    config = ScaleSweepConfig(**FULL)
+    written = config.to_dict()
+    written["overrides"]["*.down_proj"]["weights"] = "mse"
+    written["modules_to_not_convert"].append("all")
+    written["quantized_modules"].clear()
+    assert config == ScaleSweepConfig(**FULL)
+
+
+def test_the_users_overrides_are_not_shared() -> None:
+    overrides: dict[str, Any] = {"activations": "mse"}
+    config = ScaleSweepConfig(overrides=overrides)
+    overrides["activations"] = "absmax"
+    assert config.overrides == {"activations": "mse"}
+
+
+@pytest.mark.parametrize("dataset", [TOKENS, TEXTS, tuple(TEXTS)])
+def test_calibration_data_in_memory_is_not_written(dataset: Any) -> None:
+    config = ScaleSweepConfig(dataset=dataset)
+    assert config.dataset is dataset
+    assert config.to_dict()["dataset"] is None
+    assert json.loads(config.to_json_string())["dataset"] is None
+
+
+@pytest.mark.parametrize("dataset", [TOKENS, TEXTS])
+def test_deepcopy_shares_the_data_and_copies_the_rest(dataset: Any) -> None:
+    config = ScaleSweepConfig(**{**FULL, "dataset": dataset})
+    other = copy.deepcopy(config)
+    assert type(other) is ScaleSweepConfig
+    assert other == config
+    assert other.dataset is dataset
+    for name in ("overrides", "modules_to_not_convert", "quantized_modules", "calibration"):
+        assert getattr(other, name) == getattr(config, name)
+        assert getattr(other, name) is not getattr(config, name)
+    assert other.overrides["*.down_proj"] is not config.overrides["*.down_proj"]
+
+
+def test_equality_sees_every_field() -> None:
+    default = ScaleSweepConfig()
+    assert default == ScaleSweepConfig()
+    assert default != ScaleSweepConfig(seed=1)
+    assert default != ScaleSweepConfig(window="exact")
+    assert default != default.to_dict()
+
+
+@pytest.mark.parametrize("name", ["schema", "group_size", "_scheme", "validate"])
+def test_unknown_fields_raise_with_their_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=rf"unknown fields \['{name}'\].*'scheme'.*'dataset'"):
+        ScaleSweepConfig(**{name: 1})
+    (tmp_path / "c.yaml").write_text(f"{name}: 1")
+    with pytest.raises(TypeError, match=name):
+        ScaleSweepConfig.from_yaml(tmp_path / "c.yaml")
+
+
+def test_fields_are_keyword_only() -> None:
+    constructor: Any = ScaleSweepConfig
+    with pytest.raises(TypeError, match="positional"):
+        constructor("W")
+
+
+def test_resolved_fields_start_empty() -> None:
+    assert [getattr(ScaleSweepConfig(), name) for name in RESOLVED] == [None] * 4
+
+
+UNHASHABLE = pytest.mark.xfail(raises=TypeError, reason="unhashable objective in overrides")
+NO_LEN = pytest.mark.xfail(raises=TypeError, reason="check_window takes len() of anything")
+NESTED = pytest.mark.xfail(reason="a mapping under a kind passes; objective_for returns it")
+AHEAD = pytest.mark.xfail(reason="a kind that is not built yet is taken for a module pattern")
+WRONG = [
+    ({"scheme": "WAKV"}, "scheme 'WAKV' is not built yet; use one of W, WA"),
+    ({"scheme": "WAKVQ"}, "scheme 'WAKVQ' is not built yet"),
+    ({"scheme": "A"}, "scheme is 'A'; use one of W, WA"),
+    ({"scheme": "wa"}, "scheme is 'wa'"),
+    ({"algorithm": "gptq"}, "algorithm 'gptq' is not built yet; use one of rtn"),
+    ({"algorithm": "awq"}, "algorithm is 'awq'"),
+    ({"objective": "hessian"}, "objective 'hessian' is not built yet; use one of absmax"),
+    ({"objective": "best"}, "objective is 'best'; use one of absmax, four_over_six, mse, wmse"),
+    ({"objective": None}, "objective is None"),
+    ({"backend": "triton"}, "backend 'triton' is not built yet; use one of auto, torch"),
+    ({"backend": "cuda"}, "backend is 'cuda'"),
+    ({"num_samples": 0}, "num_samples is 0; it must be an integer > 0"),
+    ({"num_samples": True}, "num_samples is True"),
+    ({"num_samples": 2.0}, "num_samples is 2.0"),
+    ({"num_samples": None}, "num_samples is None"),
+    ({"sequence_length": -1}, "sequence_length is -1"),
+    ({"batch_size": 0}, "batch_size is 0"),
+    ({"batch_size": "8"}, "batch_size is '8'"),
+    ({"seed": -1}, "seed is -1; it must be an integer >= 0"),
+    ({"seed": False}, "seed is False"),
+    ({"window": (1, 2)}, r"window is \(1, 2\).*low <= 0 <= high"),
+    ({"window": [-3]}, r"window is \(-3,\)"),
+    ({"window": (-3, 7.0)}, r"window is \(-3, 7.0\)"),
+    ({"window": "all"}, "window is 'all'; use 'bounded', 'exact'"),
+    pytest.param({"window": None}, "window is None", marks=NO_LEN),
+    pytest.param({"window": 7}, "window is 7", marks=NO_LEN),
+    ({"overrides": {"*.up": {"keys": "mse"}}}, r"overrides\['\*.up'\] names 'keys'; tensor kinds"),
+    ({"overrides": {"activations": "best"}}, "objective is 'best'"),
+    ({"overrides": {"*.up": {"weights": "best"}}}, "objective is 'best'"),
+    ({"overrides": {"weights": None}}, r"overrides\['weights'\] turns weights off: use modules_"),
+    ({"overrides": {"*.up": None}}, r"\['\*.up'\] turns weights off: use modules_to_not_convert"),
+    ({"overrides": {"*.up": {"weights": None}}}, "turns weights off"),
+    ({"scheme": "W", "overrides": {"activations": "mse"}}, "scheme 'W' leaves them unquantized"),
+    ({"scheme": "W", "overrides": {"*.up": {"activations": "mse"}}}, "use scheme 'WA'"),
+    pytest.param({"overrides": {"*.up": ["mse"]}}, "'mse'", marks=UNHASHABLE),
+    pytest.param({"overrides": {"weights": {"weights": "mse"}}}, "weights", marks=NESTED),
+    pytest.param({"overrides": {"keys": "mse"}}, "keys", marks=AHEAD),
+    ({"modules_to_not_convert": "lm_head"}, "'lm_head'; expected a list of module name patterns"),
+    ({"modules_to_not_convert": [1]}, r"modules_to_not_convert is \[1\]"),
+    ({"dataset": TOKENS.float()}, "dataset is tensor.*integer tensor of token ids"),
+    ({"dataset": TOKENS > 1}, "dataset is tensor.*integer tensor"),
+    ({"dataset": TOKENS[0]}, r"token ids \[rows, length\]"),
+    ({"dataset": []}, r"dataset is \[\]; use 'self', a file"),
+    ({"dataset": ["text", 1]}, "dataset is .*a list of strings"),
+    ({"dataset": ""}, "dataset is ''"),
+    ({"dataset": 5}, "dataset is 5"),
+    ({"dataset": None}, "scheme 'WA' with objective 'wmse' needs calibration, but dataset is None"),
+    ({"dataset": None, "objective": "mse"}, "needs calibration.*use dataset='self', or scheme 'W'"),
+    ({"dataset": None, "scheme": "W"}, "'W' with objective 'wmse' needs calibration"),
+    ({"quant_method": "gptq"}, "quant_method is 'gptq'; ScaleSweepConfig is for 'scalesweep'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), WRONG)
+def test_wrong_values_raise_with_value_and_remedy(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScaleSweepConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dataset": TOKENS.to(torch.int32)},
+        {"dataset": tuple(TEXTS)},
+        {"dataset": None, "statistics": Path("s.safetensors")},
+        {"dataset": None, "quantized_modules": ["layers.0.up_proj"]},
+        {"dataset": None, "scheme": "W", "objective": "absmax"},
+        {"scheme": "W", "overrides": {"activations": None}},
+        {"modules_to_not_convert": []},
+        {"window": (0, 0)},
+        {"seed": 0, "batch_size": None},
+        {"quant_method": "scalesweep"},
+    ],
+)
+def test_right_values_pass(fields: dict[str, Any]) -> None:
+    ScaleSweepConfig(**fields).validate()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "weights", "activations"),
+    [
+        ({}, "wmse", "wmse"),
+        ({"activations": "mse"}, "wmse", "mse"),
+        ({"weights": "mse", "activations": None}, "mse", None),
+        ({"*.up": "mse"}, "mse", "mse"),
+        ({"*.down": "mse"}, "wmse", "wmse"),
+        ({"*.up": {"activations": "mse"}}, "wmse", "mse"),
+        ({"*.up": {"activations": None}}, "wmse", None),
+        # Patterns beat kinds, in whatever order.
+        ({"*.up": "mse", "activations": "absmax"}, "mse", "mse"),
+        ({"activations": None, "*.up": "mse"}, "mse", "mse"),
+        ({"activations": None, "*.up": {"weights": "mse"}}, "mse", None),
+        # Later patterns beat earlier ones, kind by kind.
+        ({"*": "absmax", "*.up": "mse"}, "mse", "mse"),
+        ({"*.up": "mse", "*": "absmax"}, "absmax", "absmax"),
+        ({"*": "absmax", "*.up": {"activations": "mse"}}, "absmax", "mse"),
+        ({"*.up": {"weights": "mse"}, "*.u?": {"activations": None}}, "mse", None),
+        ({"*.UP": "mse"}, "wmse", "wmse"),
+    ],
+)
+def test_the_most_specific_override_wins(
+    overrides: dict[str, Any], weights: str, activations: str | None
+) -> None:
+    config = ScaleSweepConfig(overrides=overrides)
+    assert config.objective_for("weights", "layers.0.up") == weights
+    assert config.objective_for("activations", "layers.0.up") == activations
+
+
+def test_scheme_w_leaves_activations_whatever_the_overrides() -> None:
+    config = ScaleSweepConfig(scheme="W", overrides={"*.up": "mse"})
+    assert config.objective_for("activations", "layers.0.up") is None
+    assert config.objective_for("weights", "layers.0.up") == "mse"
+
+
+@pytest.mark.parametrize(
+    ("fields", "needed"),
+    [
+        ({"scheme": "W", "objective": "absmax"}, False),
+        ({"scheme": "W", "objective": "four_over_six"}, False),
+        ({"scheme": "W", "objective": "mse"}, False),
+        ({"scheme": "W", "objective": "wmse"}, True),
+        ({"scheme": "WA", "objective": "absmax"}, True),
+        ({"scheme": "WA", "objective": "mse"}, True),
+        ({"scheme": "WA", "objective": "wmse"}, True),
+        ({"scheme": "WA", "objective": "wmse", "statistics": "file"}, False),
+        ({"scheme": "W", "objective": "wmse", "overrides": {"weights": "mse"}}, False),
+        ({"scheme": "W", "objective": "mse", "overrides": {"weights": "wmse"}}, True),
+        ({"scheme": "W", "objective": "mse", "overrides": {"*.up": "wmse"}}, True),
+        ({"scheme": "W", "objective": "mse", "overrides": {"*.up": {"weights": "wmse"}}}, True),
+        ({"scheme": "W", "objective": "mse", "overrides": {"*.up": {"activations": None}}}, False),
+        ({"scheme": "W", "objective": "wmse", "overrides": {"*.up": "mse"}}, True),
+    ],
+)
+def test_calibration_is_needed_for_activations_and_weighted_weights(
+    fields: dict[str, Any], needed: bool
+) -> None:
+    assert ScaleSweepConfig(**fields).needs_calibration is needed
+
+
+def test_loading_attributes_are_backend_and_dequantize() -> None:
+    config = ScaleSweepConfig(backend="torch", dequantize=True)
+    assert config.get_loading_attributes() == {"backend": "torch", "dequantize": True}
+
+
+@pytest.mark.parametrize("text", ["", "- a", "text"])
+def test_yaml_without_a_mapping_raises(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"c\.yaml holds a .*; expected keyword arguments"):
+        ScaleSweepConfig.from_yaml(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_configs_of_the_repository_load_or_are_announced(path: Path) -> None:
+    scheme = yaml.safe_load(path.read_text())["scheme"]
+    if scheme in ("WAKV", "WAKVQ"):
+        with pytest.raises(ValueError, match=f"scheme '{scheme}' is not built yet"):
+            ScaleSweepConfig.from_yaml(path)
+    else:
+        assert ScaleSweepConfig.from_yaml(path).scheme == scheme
