@@ -313,11 +313,12 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
+        target: torch.dtype = dtype or model.dtype  # type: ignore[assignment]
         if isinstance(dtype, str):  # as config.json spells it, once the model has been saved
-            dtype = getattr(torch, dtype)
+            target = getattr(torch, dtype)
         for name, module in linears(model).items():
             with align_module_device(module):
-                model.set_submodule(name, module.to_linear(dtype or model.dtype))
+                model.set_submodule(name, module.to_linear(target))
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

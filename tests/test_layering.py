@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "scalesweep_hf"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What each part may import from the package, itself aside. Parts not named are glue: anything but cli.
+# What each part may import of the package, itself aside. Others are glue: anything but cli.
 MAY_IMPORT = {
     "version": set[str](),
     "ops": set[str](),

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import scalesweep_hf
 from scalesweep_hf import NVFP4Linear, ScaleSweepConfig, calibrate
-from scalesweep_hf.targets import linears
+from scalesweep_hf.targets import group_by_input, linears
 from tests.models import ARCHITECTURES, DECODERS, load, random_tokens, save_random
 
 Folders = Callable[[str], Path]
 TOKENS = random_tokens(4, 32)
 INPUT = random_tokens(2, 16, seed=1)
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "on the fly": {"scheme": "W", "objective": "mse", "dataset": None},
     "weights calibrated": {"scheme": "W", "objective": "wmse", "dataset": TOKENS},
     "weights and activations": {"scheme": "WA", "objective": "wmse", "dataset": TOKENS},
@@ -159,11 +159,8 @@ def test_projections_of_different_inputs_keep_their_own_scales(tmp_path: Path) -
         add_cross_attention=True,
     )
     model = tf.BertModel(config)
-    statistics = scalesweep_hf.Statistics()
     with torch.no_grad(), scalesweep_hf.collect(model) as statistics:
         model(input_ids=INPUT, encoder_hidden_states=torch.randn(2, 5, 64))
-    from scalesweep_hf.targets import group_by_input
-
     groups = group_by_input(statistics, statistics.shared_inputs)
     cross = "encoder.layer.0.crossattention.self"
     assert [f"{cross}.query"] in groups
@@ -201,9 +198,8 @@ def test_skip_patterns_leave_modules_alone(random_model: Folders, tmp_path: Path
     model = quantize(random_model("llama"), modules_to_not_convert=patterns)
     names = set(linears(model))
     assert names == {
-        f"model.layers.1.{name}"
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        + ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj")
+        *(f"model.layers.1.self_attn.{name}_proj" for name in "qkvo"),
+        *(f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up")),
     }
     model.save_pretrained(tmp_path)
     assert set(linears(load(tmp_path))) == names
@@ -281,8 +277,8 @@ def test_dequantize_gives_plain_linears_of_the_same_weights(
     assert type(up) is nn.Linear
     assert torch.equal(up.weight, scalesweep_hf.dequantize(packed, torch.bfloat16))
     assert not hasattr(plain.config, "quantization_config")
+    config = ScaleSweepConfig(dequantize=True)
     with pytest.warns(UserWarning, match="loading attributes"):
-        config = ScaleSweepConfig(dequantize=True)
         loaded = load(tmp_path / "packed", quantization_config=config)
     assert torch.equal(logits(loaded), logits(plain))
     loaded.save_pretrained(tmp_path / "plain")
@@ -305,6 +301,8 @@ def test_any_model_dtype_reloads_the_same_packed_tensors(
         assert torch.equal(
             module.weight_scale.view(torch.uint8), twin.weight_scale.view(torch.uint8)
         )
+        assert module.weight_scale_2 is not None
+        assert twin.weight_scale_2 is not None
         assert torch.equal(module.weight_scale_2, twin.weight_scale_2)
     assert logits(other).dtype == dtype
     torch.testing.assert_close(logits(other).float(), logits(model).float(), rtol=0.1, atol=0.1)
@@ -367,9 +365,7 @@ def test_statistics_of_another_model_are_refused(random_model: Folders, tmp_path
 
 
 @pytest.mark.parametrize("way", ["on the fly", "weights calibrated"])
-def test_a_weight_with_nan_is_named(
-    way: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_weight_with_nan_is_named(way: str, tmp_path: Path) -> None:
     folder = save_random("llama", tmp_path)
     broken = load(folder)
     with torch.no_grad():

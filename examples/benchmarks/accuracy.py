@@ -78,7 +78,8 @@ def read_tokens(spec: str) -> Tensor:
     """Read token ids [rows, length] from ``FILE[:NAME]``."""
     file, _, name = spec.partition(":")
     tensors = load_file(file)
-    return tensors[name or next(iter(tensors))]
+    tokens: Tensor = tensors[name or next(iter(tensors))]
+    return tokens
 
 
 def weight_error(model: Any, reference: Any) -> float:

@@ -27,6 +27,22 @@ def encode_nearest(x: Tensor) -> Tensor:
     return codes.clamp(max=MAX_CODE)
 
 
+def divide(x: Tensor, divisor: float) -> Tensor:
+    """Divide by a number with one IEEE rounding on every device.
+
+    CUDA turns ``x / 6.0`` into a multiplication by the rounded 1/6, which moves ties; a divisor
+    that is a tensor it leaves alone.
+
+    Args:
+        x: [...] float32.
+        divisor: not zero.
+
+    Returns:
+        [...] float32.
+    """
+    return x / torch.full_like(x, divisor)
+
+
 def decode(codes: Tensor) -> Tensor:
     """Decode E4M3 bit patterns to float32, exactly.
 

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from scalesweep_hf.ops import e2m1, e4m3
-from scalesweep_hf.ops.sweep import BLOCK, OBJECTIVES, Window
+from scalesweep_hf.ops.sweep import BLOCK, OBJECTIVES, Window, check_window
 
 # Elements swept at a time. The sweep keeps about ten float32 temporaries of this size: a few MB on
 # a CPU, so that they stay in cache, and under 1 GB elsewhere, where launches are what costs.
 CHUNK_CPU = 1 << 17
 CHUNK_DEVICE = 1 << 24
+
+# Beyond this, in units of the tensor scale, magnitudes are equal: 390 times the largest value of
+# the format. Infinity would make all losses equal, and the smallest scale would win.
+FAR = 2.0**20
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ def quantize(
         importance: broadcastable to x, >= 0; required by "wmse", refused by the others. Only ratios
             inside a block matter.
         window: "bounded", "exact" or code offsets (low, high); see `sweep_scales`.
-        tensor_scale: [] float32 > 0; None computes it from max|x| (`compute_tensor_scale`).
+        tensor_scale: [] floating, > 0 in float32; None computes it from max|x|
+            (`compute_tensor_scale`).
 
     Returns:
         The packed tensor, on x's device.
@@ -85,14 +90,14 @@ def quantize(
             has a NaN or an infinity.
     """
     check_objective(objective)
+    if window not in ("bounded", "exact"):
+        check_window(window)
     _check_blocks(x)
     amax = _checked_amax(x)
     importance = _check_importance(x, objective, importance)
     if tensor_scale is None:
         tensor_scale = compute_tensor_scale(amax, objective)
-    elif tensor_scale.numel() != 1 or not (torch.isfinite(tensor_scale) & (tensor_scale > 0)).all():
-        raise ValueError(f"tensor_scale is {tensor_scale}; expected one finite number > 0")
-    tensor_scale = tensor_scale.to(device=x.device, dtype=torch.float32).reshape(())
+    tensor_scale = _check_tensor_scale(tensor_scale).to(x.device)
     rows = x.reshape(-1, x.shape[-1])  # [R, K]
     packed = x.new_empty((rows.shape[0], x.shape[-1] // 2), dtype=torch.uint8)
     scales = x.new_empty((rows.shape[0], x.shape[-1] // BLOCK), dtype=torch.uint8)
@@ -101,8 +106,8 @@ def quantize(
         scales[part] = codes
         packed[part] = pack(e2m1.encode(blocks / e4m3.decode(codes).unsqueeze(-1)).flatten(-2))
     return NVFP4Tensor(
-        packed.reshape(*x.shape[:-1], -1),
-        scales.reshape(*x.shape[:-1], -1).view(torch.float8_e4m3fn),
+        packed.reshape(*x.shape[:-1], x.shape[-1] // 2),
+        scales.reshape(*x.shape[:-1], x.shape[-1] // BLOCK).view(torch.float8_e4m3fn),
         tensor_scale,
     )
 
@@ -161,7 +166,7 @@ def compute_tensor_scale(amax: Tensor, objective: str) -> Tensor:
     Returns:
         [] float32; 1 where the tensor is zero or so small that S would underflow.
     """
-    scale = amax.to(torch.float32) / (OBJECTIVES[objective].scale_range * e2m1.MAX)
+    scale = e4m3.divide(amax.to(torch.float32), OBJECTIVES[objective].scale_range * e2m1.MAX)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
@@ -204,7 +209,8 @@ def _chunks(
     shared = importance is not None and importance.ndim == 1
     for start in range(0, max(rows.shape[0], 1), size):
         part = slice(start, start + size)
-        blocks = (rows[part].to(torch.float32) / tensor_scale).unflatten(-1, (-1, BLOCK))
+        scaled = (rows[part].to(torch.float32) / tensor_scale).clamp(-FAR, FAR)
+        blocks = scaled.unflatten(-1, (-1, BLOCK))
         weight = None
         if importance is not None:
             weight = (importance if shared else importance[part]).unflatten(-1, (-1, BLOCK))
@@ -222,12 +228,21 @@ def _check_blocks(x: Tensor) -> None:
 
 
 def _checked_amax(x: Tensor) -> Tensor:
-    amax = x.abs().amax() if x.numel() else x.new_zeros(())
+    x = x.detach()
+    amax = torch.maximum(x.amax(), -x.amin()) if x.numel() else x.new_zeros(())
+    amax = amax.to(torch.float32)
     if not torch.isfinite(amax):
         raise ValueError(
-            f"x has max|x| = {amax.item()}; NVFP4 has no NaN or infinity: clean x first"
+            f"x has max|x| = {amax.item()} in float32; NVFP4 has no NaN or infinity: clean x first"
         )
     return amax
+
+
+def _check_tensor_scale(tensor_scale: Tensor) -> Tensor:
+    scale = tensor_scale.detach().to(torch.float32)
+    if scale.numel() != 1 or not (torch.isfinite(scale) & (scale > 0)).all():
+        raise ValueError(f"tensor_scale is {tensor_scale}; expected one finite number > 0 in float32")
+    return scale.reshape(())
 
 
 def _check_importance(x: Tensor, objective: str, importance: Tensor | None) -> Tensor | None:
@@ -252,6 +267,6 @@ def _check_importance(x: Tensor, objective: str, importance: Tensor | None) -> T
         raise ValueError(
             "importance has a negative, NaN or infinite entry: it must be finite and >= 0"
         )
-    if importance.numel() == importance.shape[-1] == x.shape[-1]:
+    if importance.shape[-1:] == (importance.numel(),) == x.shape[-1:]:
         return importance.reshape(-1)
     return importance.expand(x.shape).reshape(-1, x.shape[-1])

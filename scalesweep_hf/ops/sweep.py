@@ -28,8 +28,11 @@ UP_MAX = max(UP_NORMAL)
 # An element that weighs nothing may be clipped at no cost, so weighted blocks have no universal
 # lower bound; eight codes halve the scale, which is what the paper searches.
 DOWN_WEIGHTED = 8
-# Steps from the lowest to the highest candidate: unweighted, weighted.
-BOUNDED_STEPS = (max(DOWN_NORMAL) + UP_MAX, DOWN_WEIGHTED + UP_MAX)
+DOWN_MAX = max(DOWN_NORMAL)
+# The upper bound compares s with s / 2, which is an E4M3 value only from code 16 on, or where the
+# code is even: odd codes up to this one may win however small the block is. (The published
+# subnormal row overlooks this: sixteen times 5.5 * 2**-9 has q0 = 1 and no error at code 11.)
+LAST_ODD = 15
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,8 @@ def sweep_scales(
     code = absmax_codes(x).to(torch.int16)  # [..., G]
     if window == "bounded":
         down, up = _bounded_window(code, weighted=weight is not None)
-        return _sweep_window(
-            magnitude, weight, code - down, code + up, BOUNDED_STEPS[weight is not None]
-        )
+        steps = UP_MAX + (DOWN_MAX if weight is None else DOWN_WEIGHTED)
+        return _sweep_window(magnitude, weight, code - down, code + up, steps, last=LAST_ODD)
     if window == "exact":
         if torch.compiler.is_compiling():  # no data-dependent stop in a graph: try them all
             every = torch.zeros_like(code)
@@ -118,7 +120,7 @@ def absmax_codes(x: Tensor) -> Tensor:
     Returns:
         [..., G] uint8 codes in 1...126.
     """
-    return e4m3.encode_nearest(x.abs().amax(-1) / e2m1.MAX)
+    return e4m3.encode_nearest(e4m3.divide(x.abs().amax(-1), e2m1.MAX))
 
 
 def four_over_six_codes(x: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ def four_over_six_codes(x: Tensor) -> Tensor:
         [..., G] uint8 codes in 1...126.
     """
     six = absmax_codes(x)
-    four = e4m3.encode_nearest(x.abs().amax(-1) / 4.0)
+    four = e4m3.encode_nearest(e4m3.divide(x.abs().amax(-1), 4.0))
     magnitude = x.abs().movedim(-1, 0)
     better = _loss(magnitude, None, e4m3.decode(four)) < _loss(magnitude, None, e4m3.decode(six))
     return torch.where(better, four, six)
@@ -201,7 +203,7 @@ def check_window(window: Window) -> tuple[int, int]:
         ValueError: it is not a pair of integers with low <= 0 <= high.
     """
     if (
-        isinstance(window, str)
+        not isinstance(window, tuple)
         or len(window) != 2
         or not all(type(offset) is int for offset in window)
         or not window[0] <= 0 <= window[1]
@@ -218,15 +220,18 @@ def _table(values: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _sweep_window(
-    magnitude: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, steps: int
+    magnitude: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, steps: int, last: int = 0
 ) -> SweepResult:
-    """Try the codes low...high of every block; shorter windows repeat their last code."""
+    """Try the codes low...high of every block, then odd codes up to last; repeat the largest."""
     low = low.clamp(e4m3.MIN_CODE, e4m3.MAX_CODE)
     high = high.clamp(e4m3.MIN_CODE, e4m3.MAX_CODE)
+    largest = high.clamp(min=last)
+    odd = (high - 1) | 1  # the odd code at or below high
     best_code = low
     best_loss = _loss(magnitude, weight, e4m3.decode(low.to(torch.uint8)))
     for step in range(1, steps + 1):
-        code = torch.minimum(low + step, high)
+        code = low + step
+        code = torch.where(code > high, odd + 2 * (code - high), code).minimum(largest)
         loss = _loss(magnitude, weight, e4m3.decode(code.to(torch.uint8)))
         better = loss < best_loss  # strictly: the smaller scale, tried first, keeps a tie
         best_loss = torch.where(better, loss, best_loss)
@@ -248,7 +253,7 @@ def _sweep_exact(magnitude: Tensor, weight: Tensor | None, base: Tensor) -> Swee
     shape = base.shape
     rows = magnitude.reshape(BLOCK, -1)  # [16, B]
     weights = None if weight is None else weight.expand(magnitude.shape).reshape(BLOCK, -1)
-    code = base.reshape(-1).add(UP_MAX).clamp(max=e4m3.MAX_CODE)  # [B]
+    code = base.reshape(-1).add(UP_MAX).clamp(LAST_ODD, e4m3.MAX_CODE)  # [B]
     best_code = code.clone()
     best_loss = torch.full_like(code, torch.inf, dtype=torch.float32)
     alive = torch.arange(code.numel(), device=code.device)

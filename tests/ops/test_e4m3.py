@@ -102,3 +102,10 @@ def test_decode_takes_bytes_and_float8_alike() -> None:
 def test_codes_127_and_255_are_nan() -> None:
     assert e4m3.decode(torch.tensor([127, 255], dtype=torch.uint8)).isnan().all()
     assert not e4m3.decode(every_code()).isnan().any()
+
+
+@pytest.mark.parametrize("divisor", [4.0, 6.0, 1536.0, 2688.0])
+def test_division_is_rounded_once(divisor: float) -> None:
+    x = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 1000
+    once = (x.double() / divisor).float()  # float64 is wide enough that rounding twice is harmless
+    assert torch.equal(e4m3.divide(x, divisor), once)

@@ -79,6 +79,33 @@ def test_an_element_without_weight_may_be_clipped() -> None:
     assert sweep_scales(x, importance, window=(-7, 0)).codes.tolist() == [56]
 
 
+# By mantissa field of q0: the lowest offset that wins, then what fills the block, as value and
+# number of times, and its largest element, in units of the winning scale.
+LOWEST = [
+    (0, -3, {0.5: 4, 1.5: 2, 4.0: 2, 6.0: 7}, 7.15625),
+    (1, -3, {0.5: 7, 6.0: 8}, 7.296875),
+    (2, -2, {0.5: 8, 4.0: 3, 6.125: 4}, 7.125),
+    (3, -2, {0.5: 7, 4.0: 5, 6.0: 3}, 7.015625),
+    (4, -2, {0.5: 5, 1.5: 1, 4.0: 5, 6.0: 4}, 6.90625),
+    (5, -3, {0.5: 9, 6.0625: 6}, 7.5078125),
+    (6, -3, {0.5: 9, 6.0: 6}, 7.375),
+    (7, -3, {0.5: 5, 1.5: 2, 4.0: 2, 6.0: 6}, 7.265625),
+]
+
+
+@pytest.mark.parametrize(("field", "offset", "counts", "largest"), LOWEST)
+@pytest.mark.parametrize("base", [16, 56, 104])
+def test_the_lowest_code_of_the_bounded_window_can_win(
+    base: int, field: int, offset: int, counts: dict[float, int], largest: float
+) -> None:
+    winner = base + field + offset
+    scale = e4m3.decode(torch.tensor([winner], dtype=torch.uint8))
+    x = scale * block(largest, *(value for value, n in counts.items() for _ in range(n)))
+    assert absmax_codes(x).tolist() == [base + field]
+    for window in ("bounded", "exact", (-125, 125)):
+        assert sweep_scales(x, window=window).codes.tolist() == [winner]
+
+
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("importance", [None, torch.ones(16)])
 def test_a_zero_block_has_code_1(window: Window, importance: Tensor | None) -> None:
