@@ -241,7 +241,9 @@ def _checked_amax(x: Tensor) -> Tensor:
 def _check_tensor_scale(tensor_scale: Tensor) -> Tensor:
     scale = tensor_scale.detach().to(torch.float32)
     if scale.numel() != 1 or not (torch.isfinite(scale) & (scale > 0)).all():
-        raise ValueError(f"tensor_scale is {tensor_scale}; expected one finite number > 0 in float32")
+        raise ValueError(
+            f"tensor_scale is {tensor_scale}; expected one finite number > 0 in float32"
+        )
     return scale.reshape(())
 
 
