@@ -22,10 +22,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import scalesweep_hf
 from scalesweep_hf import NVFP4Linear, ScaleSweepConfig
 from scalesweep_hf.calibration import calibration_tokens
-from scalesweep_hf.evaluate import measure_fidelity
+from scalesweep_hf.config import SCHEMES
+from scalesweep_hf.evaluate import measure_fidelity, weight_error
 from scalesweep_hf.ops.sweep import OBJECTIVES
 
 TINY_MODEL = Path(__file__).parents[1] / ".build" / "tiny-llama"
@@ -38,7 +38,8 @@ def main() -> None:
     logging.disable_progress_bar()
     console = Console()
     folder = args.model or str(tiny_model(console))
-    reference = AutoModelForCausalLM.from_pretrained(folder)
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    reference = AutoModelForCausalLM.from_pretrained(folder, device_map=device)
     tokens = evaluation_tokens(args, folder, reference)
     models = {"bfloat16": reference}
     for objective in OBJECTIVES:
@@ -49,7 +50,9 @@ def main() -> None:
             num_samples=args.num_samples,
             sequence_length=args.length,
         )
-        models[objective] = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+        models[objective] = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, device_map=device
+        )
     console.print(comparison(models, reference, tokens, args.scheme))
     for name in ("bfloat16", "wmse"):
         console.print(
@@ -65,11 +68,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quantize a model to NVFP4 in every way.")
     parser.add_argument("--model", help="folder or Hub id; default: train a tiny Llama")
     parser.add_argument("--text", help=".jsonl, .txt or .parquet to measure on")
-    parser.add_argument("--scheme", default="WA", help="W or WA (default)")
+    parser.add_argument("--scheme", default="WA", choices=SCHEMES)
     parser.add_argument("--rows", type=int, default=64, help="token rows to measure on")
     parser.add_argument("--length", type=int, default=256, help="tokens per row")
     parser.add_argument("--num-samples", type=int, default=32, help="calibration rows")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.text and not args.model:
+        parser.error("--text needs --model: the tiny model has its own held-out stories")
+    return args
 
 
 def tiny_model(console: Console) -> Path:
@@ -110,7 +116,7 @@ def comparison(models: dict[str, Any], reference: Any, tokens: Tensor, scheme: s
         quantized = sum(bytes_of(model.get_submodule(linear)) for linear in linears)
         table.add_row(
             name,
-            f"{weight_error(model, reference, linears):.5f}",
+            f"{weight_error(model, reference):.5f}",
             f"{fidelity[name].kl:.5f}",
             f"{fidelity[name].perplexity:.4f}",
             f"{quantized / MB:.2f}",
@@ -122,18 +128,6 @@ def comparison(models: dict[str, Any], reference: Any, tokens: Tensor, scheme: s
 def bytes_of(module: torch.nn.Module) -> int:
     """Return the bytes of all parameters."""
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def weight_error(model: Any, reference: Any, linears: list[str]) -> float:
-    """Return sum ||W - W_q||^2 / sum ||W||^2 over the quantized Linears."""
-    error = norm = 0.0
-    for name in linears:
-        module, original = model.get_submodule(name), reference.get_submodule(name).weight.float()
-        if isinstance(module, NVFP4Linear):
-            difference = original - scalesweep_hf.dequantize(module.quantized_weight())
-            error += float(difference.detach().square().sum())
-        norm += float(original.detach().square().sum())
-    return error / norm
 
 
 def sample(model: Any, folder: str) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scalesweep_hf.modules import NVFP4Linear
-from scalesweep_hf.modules.linear import SCALES
+from scalesweep_hf.modules.linear import SCALES, NVFP4Linear
 
 DTYPES = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"}
 
@@ -44,15 +43,16 @@ def check_files(files: Iterable[str], quantized: Iterable[str], prefix: str) -> 
             f"config.json does not list {extra[0]}: they are of different checkpoints"
         )
     for name in sorted(listed):
-        for part in ("weight", "weight_scale", "weight_scale_2"):
+        for part, expected in DTYPES.items():
             if (dtype := stored.get(f"{name}.{part}")) is None:
+                if part == "input_scale":  # absent where inputs stay unquantized
+                    continue
                 raise ValueError(
                     f"tensor {name}.{part} is missing from the checkpoint: save it again"
                 )
-            if dtype != DTYPES[part]:
+            if dtype != expected:
                 raise ValueError(
-                    f"tensor {name}.{part} has dtype {dtype}, expected {DTYPES[part]}: "
-                    "save it again"
+                    f"tensor {name}.{part} has dtype {dtype}, expected {expected}: save it again"
                 )
 
 
@@ -69,7 +69,10 @@ def read_header(path: Path) -> dict[str, str]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
             raise ValueError(f"{path} is truncated inside its header: download or save it again")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         end = 8 + length + entry["data_offsets"][1]
@@ -81,25 +84,41 @@ def read_header(path: Path) -> dict[str, str]:
     return {name: entry["dtype"] for name, entry in header.items()}
 
 
-def check_arrived(name: str, module: NVFP4Linear) -> None:
+def check_arrived(name: str, module: nn.Module) -> None:
     """Raise ValueError, naming the tensor, unless loading filled every parameter of a module.
 
     Transformers leaves what a checkpoint lacks uninitialised; it marks what it has loaded.
     Offloaded parameters carry no mark; `check_files` has seen them.
     """
+    layout = module.packed_layout() if isinstance(module, NVFP4Linear) else {}
     for part, parameter in module.named_parameters(recurse=False):
-        if parameter.device.type != "meta" and not getattr(parameter, "_is_hf_initialized", False):
+        if parameter.device.type == "meta":
+            continue
+        if not getattr(parameter, "_is_hf_initialized", False):
             raise ValueError(f"tensor {name}.{part} is missing from the checkpoint")
+        shape, dtype = layout.get(part, (parameter.shape, parameter.dtype))
+        if tuple(parameter.shape) != tuple(shape) or parameter.dtype != dtype:
+            raise ValueError(
+                f"tensor {name}.{part} is {parameter.dtype} {list(parameter.shape)}, expected "
+                f"{dtype} {list(shape)}: config.json and weights are of different checkpoints"
+            )
 
 
-def check_scales(name: str, module: nn.Module) -> None:
-    """Raise ValueError, naming the tensor, unless all scales are finite and positive."""
-    for part in SCALES:
+def check_scales(name: str, module: nn.Module, parts: Iterable[str] = SCALES) -> None:
+    """Raise ValueError, naming the tensor, unless all scales are finite and positive.
+
+    Args:
+        name: of the module.
+        module: on a real device.
+        parts: names of its scales; those that are None are left out. Importances may be zero.
+    """
+    for part in parts:
         scale = getattr(module, part)
         if scale is None:
             continue
         value = scale.to(torch.float32)
-        bad = ~(torch.isfinite(value) & (value > 0))
+        smallest = 0.0 if part.endswith("importance") else torch.finfo(torch.float32).tiny * 2**-23
+        bad = ~(torch.isfinite(value) & (value >= smallest))
         if bad.any():
             raise ValueError(
                 f"tensor {name}.{part} has {int(bad.sum())} scales that are NaN, infinite or not "

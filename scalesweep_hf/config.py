@@ -1,10 +1,9 @@
 """ScaleSweepConfig: every choice a user has, validated once, here."""
 
 import copy
-import fnmatch
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,18 @@ import yaml
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from scalesweep_hf.names import source_name
 from scalesweep_hf.ops.nvfp4 import check_objective
 from scalesweep_hf.ops.sweep import OBJECTIVES, Window, check_window
 
 METHOD = "scalesweep"
-SCHEMES = ("W", "WA")
-KINDS = ("weights", "activations")
+# Tensor kinds, and the letter that stands for each in a scheme.
+LETTERS = {"weights": "W", "activations": "A", "keys": "K", "values": "V", "queries": "Q"}
+KINDS = tuple(LETTERS)
+STATES = ("keys", "values", "queries")
+SCHEMES = ("W", "WA", "WAKV", "WAKVQ")
 # Announced in the documentation, refused until they exist.
-PLANNED_KINDS = ("keys", "values", "queries")
 PLANNED = {
-    "scheme": ("WAKV", "WAKVQ"),
     "objective": ("hessian",),
     "algorithm": ("gptq",),
     "backend": ("triton",),
@@ -35,7 +36,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How to quantize a model to NVFP4, for ``from_pretrained(quantization_config=...)``.
 
     Args:
-        scheme: "W" quantizes weights; "WA" weights and the inputs of the same Linears.
+        scheme: "W" quantizes weights; "WA" weights and the inputs of the same Linears; "WAKV" also
+            keys and values, after RoPE, once, when they enter the cache; "WAKVQ" also queries.
         objective: what chooses every block scale: "absmax" (max -> 6), "four_over_six" (max -> 6 or
             4), "mse" (least squared error), "wmse" (least importance-weighted squared error).
         algorithm: "rtn" rounds weights to nearest.
@@ -43,8 +45,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
             `sweep_scales`.
         overrides: other objectives by tensor kind, ``{"activations": "mse"}``, or by module name
             pattern (`fnmatch`), ``{"*.down_proj": "mse"}`` or ``{"*.down_proj": {"activations":
-            None}}``. Patterns beat kinds, later patterns beat earlier ones; None leaves activations
-            unquantized.
+            None}}``. Patterns beat kinds, later patterns beat earlier ones; None leaves a kind
+            unquantized. Keys, values and queries go by the names of attention modules.
         dataset: calibration data: "self" (the model writes it), a .jsonl, .json, .txt or .parquet
             path, a Hub data set "name[:config[:split]]", a list of strings, token ids [rows,
             length] as an integer tensor, or None where nothing needs calibration.
@@ -55,9 +57,13 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         statistics: path of a file that `Statistics.save` wrote; replaces calibration, so that
             weights are quantized as they are read and the full-precision model never exists in
             memory.
-        modules_to_not_convert: name patterns of Linears to leave alone. None leaves output heads,
-            routers and non-text towers; a list replaces that default.
+        modules_to_not_convert: name patterns of Linears to leave alone, besides output heads,
+            routers and non-text towers; "!pattern" quantizes what would be left, for example
+            "!lm_head".
         backend: "auto" or "torch"; may differ when a saved checkpoint is loaded.
+        packed_cache: with quantized keys and values, ``generate`` stores them packed, at 4.5 bits
+            per element, unless given a cache; False keeps Transformers' own cache, with the same
+            results. May differ when a saved checkpoint is loaded.
         dequantize: on loading a saved checkpoint, turn it back into plain Linears.
         kwargs: fields that saved checkpoints carry (`RESOLVED`); anything else raises.
 
@@ -82,6 +88,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         statistics: str | os.PathLike[str] | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         backend: str = "auto",
+        packed_cache: bool = True,
         dequantize: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -91,15 +98,22 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.objective = objective
         self.algorithm = algorithm
         self.window: Window = tuple(window) if isinstance(window, list) else window  # type: ignore[assignment]
+        if overrides is not None and not isinstance(overrides, Mapping):
+            raise ValueError(f"overrides is {overrides!r}; expected a mapping to objectives")
         self.overrides = copy.deepcopy(dict(overrides or {}))
         self.dataset = dataset
         self.num_samples = num_samples
         self.sequence_length = sequence_length
         self.seed = seed
         self.batch_size = batch_size
+        if statistics is not None and not isinstance(statistics, str | os.PathLike):
+            raise ValueError(
+                f"statistics is a {type(statistics).__name__}; save it and pass the file's path"
+            )
         self.statistics = None if statistics is None else os.fspath(statistics)
         self.modules_to_not_convert = modules_to_not_convert
         self.backend = backend
+        self.packed_cache = packed_cache
         self.dequantize = dequantize
         self.quantized_modules: list[str] | None = None
         self.shared_inputs: list[list[str]] | None = None
@@ -127,8 +141,9 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         _check_choice("backend", self.backend, ("auto", "torch"))
         if self.window not in ("bounded", "exact"):
             check_window(self.window)
-        if type(self.dequantize) is not bool:
-            raise ValueError(f"dequantize is {self.dequantize!r}; use True or False")
+        for name in ("dequantize", "packed_cache"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; use True or False")
         for name in ("num_samples", "sequence_length", "batch_size"):
             value = getattr(self, name)
             optional = name == "batch_size" and value is None
@@ -143,8 +158,6 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def _check_overrides(self) -> None:
         for key, value in self.overrides.items():
             field = f"overrides[{key!r}]"
-            if key in PLANNED_KINDS:
-                raise ValueError(f"{field} is not built yet; tensor kinds are {', '.join(KINDS)}")
             if key in KINDS:
                 self._check_override(field, key, value)
             elif isinstance(value, Mapping):
@@ -163,10 +176,11 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if not isinstance(objective, str):
             raise ValueError(f"{field} is {objective!r}; use one of {', '.join(OBJECTIVES)}")
         check_objective(objective)
-        if kind == "activations" and self.scheme == "W":
+        if LETTERS[kind] not in self.scheme:
+            wider = next(scheme for scheme in SCHEMES if LETTERS[kind] in scheme)
             raise ValueError(
-                f"{field} sets activations to {objective!r}, but scheme 'W' leaves them "
-                "unquantized: use scheme 'WA'"
+                f"{field} sets {kind} to {objective!r}, but scheme {self.scheme!r} leaves them "
+                f"unquantized: use scheme {wider!r}"
             )
 
     def _check_dataset(self) -> None:
@@ -176,46 +190,54 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"dataset is {data!r:.80}; use 'self', a file, a Hub name, a list of strings or an "
                 "integer tensor of token ids [rows, length]"
             )
+        unused = data is None or (isinstance(data, str) and data == "self")
+        if self.statistics is not None and not unused:
+            raise ValueError("dataset and statistics are both given: drop one of them")
         if data is None and self.needs_calibration and self.quantized_modules is None:
             raise ValueError(
                 f"scheme {self.scheme!r} with objective {self.objective!r} needs calibration, but "
                 "dataset is None: use dataset='self', or scheme 'W' with objective 'mse'"
             )
 
-    def objective_for(self, kind: str, name: str) -> str | None:
+    def objective_for(self, kind: str, applies: Callable[[str], bool]) -> str | None:
         """Return the objective of one tensor kind in one module, overrides applied.
 
         Args:
-            kind: "weights" or "activations".
-            name: the module's name without the base model's prefix.
+            kind: "weights", "activations", "keys", "values" or "queries".
+            applies: whether a name pattern matches the module.
 
         Returns:
             The objective; None where the tensor stays unquantized.
         """
-        if kind == "activations" and "A" not in self.scheme:
+        if LETTERS[kind] not in self.scheme:
             return None
         chosen: str | None = self.overrides.get(kind, self.objective)
-        for pattern, value in self.overrides.items():
-            if pattern in KINDS or not fnmatch.fnmatchcase(name, pattern):
-                continue
-            chosen = value.get(kind, chosen) if isinstance(value, Mapping) else value
+        for pattern in self.override_patterns:
+            if applies(pattern):
+                value = self.overrides[pattern]
+                chosen = value.get(kind, chosen) if isinstance(value, Mapping) else value
         return chosen
+
+    @property
+    def override_patterns(self) -> list[str]:
+        """The keys of ``overrides`` that are module name patterns."""
+        return [key for key in self.overrides if key not in KINDS]
 
     @property
     def needs_calibration(self) -> bool:
         """Whether activations must be seen before weights can be quantized."""
         if self.statistics is not None:
             return False
-        if "A" in self.scheme and self._possible("activations") != {None}:
+        runtime = [kind for kind in KINDS if kind != "weights" and LETTERS[kind] in self.scheme]
+        if any(self._possible(kind) != {None} for kind in runtime):
             return True
         return any(OBJECTIVES[name].weighted for name in self._possible("weights") if name)
 
     def _possible(self, kind: str) -> set[str | None]:
         """Return every objective that some module may get for a kind."""
         values = {self.overrides.get(kind, self.objective)}
-        for pattern, value in self.overrides.items():
-            if pattern in KINDS:
-                continue
+        for pattern in self.override_patterns:
+            value = self.overrides[pattern]
             if not isinstance(value, Mapping):
                 values.add(value)
             elif kind in value:
@@ -224,13 +246,18 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """Return the fields that may differ when a saved checkpoint is loaded."""
-        return {"backend": self.backend, "dequantize": self.dequantize}
+        names = ("backend", "packed_cache", "dequantize")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON types only; calibration data held in memory becomes None."""
         fields = {name: value for name, value in self.__dict__.items() if name != "dataset"}
         fields = copy.deepcopy(fields)
         fields["dataset"] = self.dataset if isinstance(self.dataset, str) else None
+        del fields["dequantize"]  # said when loading, never of a checkpoint
+        if self.quantized_modules is not None:  # a checkpoint, which tells nobody's paths
+            fields["statistics"] = None
+            fields["dataset"] = fields["dataset"] and source_name(fields["dataset"])
         fields["window"] = list(self.window) if isinstance(self.window, tuple) else self.window
         if self.modules_to_not_convert is not None:
             fields["modules_to_not_convert"] = list(self.modules_to_not_convert)

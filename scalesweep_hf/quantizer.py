@@ -5,6 +5,7 @@ read. Calibrated: load, run calibration text, then quantize module by module.
 """
 
 import copy
+import functools
 import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,9 +25,8 @@ from transformers.quantizers import auto as registry
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
-from scalesweep_hf.calibration import Statistics, calibrate
-from scalesweep_hf.calibration.collect import canonical_name
-from scalesweep_hf.calibration.data import is_local_file
+from scalesweep_hf.calibration import Statistics
+from scalesweep_hf.calibration.data import check_source
 from scalesweep_hf.checkpoint import check_arrived, check_files, check_scales
 from scalesweep_hf.config import METHOD, ScaleSweepConfig
 from scalesweep_hf.modules.linear import (
@@ -35,7 +35,22 @@ from scalesweep_hf.modules.linear import (
     quantize_group,
     share_input_importance,
 )
-from scalesweep_hf.targets import find_modules, group_by_input, linears, select_linears
+from scalesweep_hf.names import canonical_name, matches
+from scalesweep_hf.states import (
+    check_states,
+    fill_states,
+    finish_states,
+    hook_states,
+    unhook_states,
+)
+from scalesweep_hf.statistics import check_calibration, run
+from scalesweep_hf.targets import (
+    check_patterns,
+    find_modules,
+    group_by_input,
+    linears,
+    select_linears,
+)
 from scalesweep_hf.version import __version__
 
 logger = logging.get_logger(__name__)
@@ -70,19 +85,23 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             FileNotFoundError: the calibration data or the statistics are a local file that is
                 absent.
-            ValueError: a model that is to be quantized is partly on disk.
+            ValueError: the calibration data cannot be read, or a model that is to be quantized is
+                partly on disk.
         """
         config = self.quantization_config
         if self.pre_quantized:
             return
+        if config.dequantize:
+            raise ValueError(
+                "dequantize=True is for loading a quantized checkpoint; this one is not: drop it"
+            )
         if config.statistics is not None:
-            self.statistics = Statistics.load(_existing(config.statistics, "statistics"))
-        if (
-            isinstance(config.dataset, str)
-            and config.needs_calibration
-            and is_local_file(config.dataset)
-        ):
-            _existing(config.dataset, "dataset")
+            if not Path(config.statistics).is_file():
+                raise FileNotFoundError(f"statistics {config.statistics!r} does not exist")
+            self.statistics = Statistics.load(config.statistics)
+        data = config.dataset
+        if isinstance(data, str) and data != "self" and config.needs_calibration:
+            check_source(data)
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError(
@@ -115,7 +134,10 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         else:
             names = select_linears(model, config.modules_to_not_convert)
             config.quantized_modules = [canonical_name(model, name) for name in names]
-            self._check_statistics()
+            check_patterns(model, "overrides", config.override_patterns)
+            if config.needs_calibration:
+                check_calibration(model)
+            self._check_statistics(model, names)
             tied = set(getattr(model, "all_tied_weights_keys", None) or ())
             names = [name for name in names if f"{name}.weight" not in tied]
         for name in names:
@@ -127,21 +149,32 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             elif self.on_the_fly:
                 module.allocate_packed(keep_weight=True)
         self._group(model)
+        hook_states(model, config, placeholders=self.pre_quantized)
 
-    def _check_statistics(self) -> None:
-        for name in self.quantization_config.quantized_modules or []:
-            if self.statistics is not None and name not in self.statistics:
+    def _check_statistics(self, model: PreTrainedModel, names: Sequence[str]) -> None:
+        if self.statistics is None:
+            return
+        path = self.quantization_config.statistics
+        for name in names:
+            seen = self.statistics.get(canonical_name(model, name))
+            if seen is None:
                 raise ValueError(
-                    f"{self.quantization_config.statistics} has no statistics of {name}: calibrate "
-                    "this model, or add the name to modules_to_not_convert"
+                    f"{path} has no statistics of {canonical_name(model, name)}: calibrate this "
+                    "model, or add the name to modules_to_not_convert"
+                )
+            width = model.get_submodule(name).in_features
+            if seen.square.numel() != width:
+                raise ValueError(
+                    f"{path} has {seen.square.numel()} channels of {name}, which has {width}: they "
+                    "are of another model"
                 )
 
     def _swap(self, model: PreTrainedModel, name: str) -> NVFP4Linear:
         config = self.quantization_config
-        short = canonical_name(model, name)
-        weights = config.objective_for("weights", short)
+        applies = functools.partial(matches, model, name)
+        weights = config.objective_for("weights", applies)
         assert weights is not None
-        recipe = LinearRecipe(weights, config.objective_for("activations", short), config.window)
+        recipe = LinearRecipe(weights, config.objective_for("activations", applies), config.window)
         module = NVFP4Linear.from_linear(model.get_submodule(name), recipe)
         model.set_submodule(name, module)
         return module
@@ -234,18 +267,22 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
                         parameter.requires_grad_(
                             parameter.requires_grad and parameter is module.bias
                         )
+                check_states(model)
             else:
                 self._swap_tied_head(model)
                 if config.needs_calibration:
                     self._calibrate(model)
                 self._group(model)
                 self._quantize_remaining(model)
+                if self.statistics is not None:
+                    fill_states(model, self.statistics)
                 config.version = __version__
                 config.calibration = None if self.statistics is None else self.statistics.provenance
             if self.pre_quantized and config.dequantize:
                 self._dequantize(model)
                 return
             self._share_input_importance(model)
+            finish_states(model, config)
         model.add_model_tags(["nvfp4", METHOD])
 
     def _swap_tied_head(self, model: PreTrainedModel) -> None:
@@ -254,27 +291,29 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(name)
             if isinstance(module, NVFP4Linear):
                 continue
-            module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+            for part, parameter in list(module.named_parameters(recurse=False)):
+                own = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                module.register_parameter(part, own)
             model.config.get_text_config().tie_word_embeddings = False
             model.config.tie_word_embeddings = False
             model.all_tied_weights_keys = {
                 key: source
                 for key, source in model.all_tied_weights_keys.items()
-                if key != f"{name}.weight"
+                if not key.startswith(f"{name}.")
             }
             self._swap(model, name)
 
     def _calibrate(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
         assert config.dataset is not None
-        self.statistics = calibrate(
+        self.statistics = run(
             model,
             config.dataset,
+            list(linears(model)),
             num_samples=config.num_samples,
             sequence_length=config.sequence_length,
             seed=config.seed,
             batch_size=config.batch_size,
-            names=linears(model),
         )
 
     def _quantize_remaining(self, model: PreTrainedModel) -> None:
@@ -319,6 +358,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in linears(model).items():
             with align_module_device(module):
                 model.set_submodule(name, module.to_linear(target))
+        unhook_states(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -367,9 +407,3 @@ def register() -> None:
     if ScaleSweepConfig not in registry.LOADING_ATTRIBUTES_CONFIG_TYPES:
         # Without this, a config passed when loading a saved checkpoint is ignored as a whole.
         registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (ScaleSweepConfig,)
-
-
-def _existing(path: str, field: str) -> str:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{field} {path!r} does not exist")
-    return path

@@ -1,33 +1,26 @@
 """Which Linears of a model are quantized, and which of them read the same input."""
 
-import fnmatch
+import inspect
 from collections.abc import Iterable, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from scalesweep_hf.calibration.collect import canonical_name
 from scalesweep_hf.modules import NVFP4Linear
+from scalesweep_hf.names import canonical_name, matches
 from scalesweep_hf.ops.sweep import BLOCK
 
 logger = logging.get_logger(__name__)
 
 # Left alone unless the user says otherwise: heads by their usual names (a biased or tied head has
-# no other mark that every architecture shares), routers, and towers that are not text.
+# no other mark that every architecture shares), routers, Linears whose weight the model reads
+# itself, and what is not text.
 DEFAULT_SKIPS = (
-    "lm_head",
-    "score",
-    "classifier",
-    "qa_outputs",
-    "*.gate",
-    "*.router",
-    "*.router.*",
-    "*vision_tower*",
-    "*vision_model*",
-    "*visual.*",
-    "*audio_tower*",
-    "*multi_modal_projector*",
+    *("lm_head", "score", "classifier", "pre_classifier", "qa_outputs", "cls"),
+    *("*.gate", "*.router", "*.shared_expert_gate", "*.dt_proj"),
+    *("*vision_tower*", "*vision_model*", "*visual*", "*audio_tower*"),
+    *("*projector*", "*connector*", "text_projection"),
 )
 
 # Projections that serving engines fuse, so that they must share their scales. Siblings by name;
@@ -46,7 +39,8 @@ def select_linears(model: PreTrainedModel, skips: Iterable[str] | None) -> list[
 
     Args:
         model: may be on the meta device.
-        skips: name patterns to leave alone; None means output heads and `DEFAULT_SKIPS`.
+        skips: name patterns to leave alone, besides output heads and `DEFAULT_SKIPS`; a pattern
+            that starts with "!" quantizes what these would leave.
 
     Returns:
         Names as ``model.named_modules()`` gives them.
@@ -54,22 +48,18 @@ def select_linears(model: PreTrainedModel, skips: Iterable[str] | None) -> list[
     Raises:
         ValueError: a pattern matches no module, or nothing is left to quantize.
     """
-    patterns = DEFAULT_SKIPS if skips is None else tuple(skips)
-    heads = {id(model.get_output_embeddings())} if skips is None else set()
-    names = [name for name, module in model.named_modules() if name]
-    for pattern in () if skips is None else patterns:
-        if not any(_matches(model, name, pattern) for name in names):
-            raise ValueError(
-                f"modules_to_not_convert pattern {pattern!r} matches no module of "
-                f"{type(model).__name__}"
-            )
+    wanted = [pattern[1:] for pattern in skips or () if pattern.startswith("!")]
+    own = [pattern for pattern in skips or () if not pattern.startswith("!")]
+    check_patterns(model, "modules_to_not_convert", [*wanted, *own])
     # Models cast their inputs to the dtype of these modules' weights, which packing would change.
-    patterns += tuple(f"*{name}" for name in getattr(model, "_keep_in_fp32_modules", None) or ())
+    own += [f"*{name}" for name in getattr(model, "_keep_in_fp32_modules", None) or ()]
+    head = id(model.get_output_embeddings())
     chosen = []
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or id(module) in heads:
+        if type(module) is not nn.Linear or any(matches(model, name, p) for p in own):
             continue
-        if any(_matches(model, name, pattern) for pattern in patterns):
+        default = id(module) == head or any(matches(model, name, p) for p in DEFAULT_SKIPS)
+        if default and not any(matches(model, name, p) for p in wanted):
             continue
         if module.in_features % BLOCK:
             logger.warning(
@@ -82,6 +72,16 @@ def select_linears(model: PreTrainedModel, skips: Iterable[str] | None) -> list[
         raise ValueError(f"{type(model).__name__} has no torch.nn.Linear to quantize")
     _warn_of_experts(model)
     return chosen
+
+
+def check_patterns(model: PreTrainedModel, field: str, patterns: Iterable[str]) -> None:
+    """Raise ValueError, naming the field and the pattern, unless every pattern matches a module."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not any(matches(model, name, pattern) for name in names):
+            raise ValueError(
+                f"{field} pattern {pattern!r} matches no module of {type(model).__name__}"
+            )
 
 
 def find_modules(model: PreTrainedModel, canonical: Iterable[str]) -> list[str]:
@@ -124,18 +124,71 @@ def group_by_input(
     return list(groups.values())
 
 
+def find_attention(model: PreTrainedModel) -> list[str]:
+    """Name the attention modules whose keys, values and queries can be quantized, in model order.
+
+    Args:
+        model: may be on the meta device.
+
+    Returns:
+        Names as ``model.named_modules()`` gives them.
+
+    Raises:
+        ValueError: there is none, or one of them cannot be hooked; says which and why.
+    """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model, whose keys and values are not "
+            "supported: use scheme 'WA'"
+        )
+    names = []
+    for name, module in model.named_modules():
+        if not hasattr(module, "layer_idx") or "Attention" not in type(module).__name__:
+            continue
+        if reason := _why_not(module):
+            raise ValueError(
+                f"{name} ({type(module).__name__}) {reason}, so that its keys and values cannot be "
+                "quantized: use scheme 'WA'"
+            )
+        names.append(name)
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no attention module to quantize keys and values in: use "
+            "scheme 'WA'"
+        )
+    return names
+
+
+def state_shape(module: nn.Module) -> tuple[int, int]:
+    """Return the key-value heads and the head_dim of an attention module."""
+    head_dim = int(module.head_dim)  # type: ignore[arg-type]
+    projection = getattr(module, "k_proj", None)
+    if isinstance(projection, nn.Linear):
+        return projection.out_features // head_dim, head_dim
+    return int(module.config.num_key_value_heads), head_dim  # type: ignore[union-attr, arg-type]
+
+
+def _why_not(module: nn.Module) -> str | None:
+    """Say why an attention module cannot be hooked; None if it can."""
+    if hasattr(module, "kv_b_proj") or hasattr(module, "kv_a_proj_with_mqa"):
+        return "uses latent attention (MLA)"
+    forward = inspect.unwrap(type(module).forward)
+    if "past_key_values" not in inspect.signature(forward).parameters:
+        return "takes no past_key_values"
+    if "get_interface" not in inspect.getsource(forward):
+        return "does not look its attention function up in AttentionInterface"
+    if not isinstance(getattr(module, "o_proj", None), nn.Linear):
+        return "has no o_proj"
+    if not isinstance(getattr(module, "head_dim", None), int):
+        return "has no head_dim"
+    if module.head_dim % BLOCK:  # type: ignore[operator]
+        return f"has head_dim {module.head_dim}, not a multiple of {BLOCK}"
+    return None
+
+
 def linears(model: nn.Module) -> dict[str, NVFP4Linear]:
     """Return the NVFP4Linear modules of a model by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, NVFP4Linear)}
-
-
-def _matches(model: PreTrainedModel, name: str, pattern: str) -> bool:
-    """Match a name, with or without the base prefix, or anything below it."""
-    spellings = (name, canonical_name(model, name))
-    return any(
-        fnmatch.fnmatchcase(spelling, pattern) or fnmatch.fnmatchcase(spelling, f"{pattern}.*")
-        for spelling in spellings
-    )
 
 
 def _warn_of_experts(model: PreTrainedModel) -> None:

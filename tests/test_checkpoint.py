@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from scalesweep_hf import ScaleSweepConfig
+from scalesweep_hf.checkpoint import read_header
 from tests.models import load, random_tokens
 
 NAME = "model.layers.1.mlp.up_proj"
@@ -84,6 +85,24 @@ def test_a_tensor_scale_that_is_not_positive_is_named(
     edit(packed, lambda tensors: tensors[f"{NAME}.{part}"].fill_(value))
     with pytest.raises(ValueError, match=rf"{NAME}\.{part} has 1 scales that are NaN"):
         load(packed)
+
+
+@pytest.mark.parametrize("part", ["weight", "weight_scale", "weight_scale_2", "input_scale"])
+def test_a_wrong_shape_is_an_error(part: str, packed: Path) -> None:
+    def cut(tensors: dict[str, Any]) -> None:
+        tensor = tensors[f"{NAME}.{part}"]
+        tensors[f"{NAME}.{part}"] = tensor[:32].clone() if tensor.ndim else tensor.repeat(96)
+
+    edit(packed, cut)
+    with pytest.raises((ValueError, RuntimeError), match=r"up_proj|size mismatch|mismatched"):
+        load(packed)
+
+
+def test_junk_instead_of_a_header_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "junk.safetensors"
+    path.write_bytes((8).to_bytes(8, "little") + b"not json")
+    with pytest.raises(ValueError, match=r"junk\.safetensors is not a safetensors file"):
+        read_header(path)
 
 
 @pytest.mark.parametrize("lost", [1, 5000])

@@ -82,6 +82,49 @@ def test_a_model_split_over_gpu_and_cpu_is_quantized_and_reloaded(
             assert same_bytes(module.weight, twin.weight)
 
 
+@pytest.mark.parametrize("split", [False, True])
+def test_quantized_states_reload_and_generate_packed(
+    split: bool, random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    where: Any = dict(SPLIT) if split else "cuda"
+    config = ScaleSweepConfig(scheme="WAKVQ", dataset=TOKENS)
+    model = load(random_model("llama"), quantization_config=config, device_map=where)
+    ids = random_tokens(2, 16, seed=1).cuda()
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        model.save_pretrained(tmp_path)
+        again = load(tmp_path, device_map=where)
+        assert torch.equal(again(input_ids=ids).logits, expected)
+    out = again.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=8,
+        return_dict_in_generate=True,
+    )
+    assert out.past_key_values.layers[0].keys.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded"])
+def test_other_caches_are_packed_too(
+    implementation: str, random_model: Callable[[str], Path]
+) -> None:
+    config = ScaleSweepConfig(scheme="WAKV", dataset=TOKENS)
+    model = load(random_model("qwen3"), quantization_config=config, device_map="cuda")
+    settings: dict[str, Any] = {"do_sample": False, "max_new_tokens": 8, "disable_compile": True}
+    ids = TOKENS.cuda()
+    mask = torch.ones_like(ids)
+    expected = model.generate(input_ids=ids, attention_mask=mask, **settings)
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=mask,
+        cache_implementation=implementation,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert out.past_key_values.layers[0].keys.dtype == torch.uint8
+    assert torch.equal(out.sequences, expected)
+
+
 def test_without_a_device_map_the_accelerator_quantizes(
     random_model: Callable[[str], Path],
 ) -> None:

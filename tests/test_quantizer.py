@@ -1,6 +1,7 @@
 import copy
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import scalesweep_hf
 from scalesweep_hf import NVFP4Linear, ScaleSweepConfig, calibrate
 from scalesweep_hf.targets import group_by_input, linears
-from tests.models import ARCHITECTURES, DECODERS, load, random_tokens, save_random
+from tests.models import ARCHITECTURES, DECODERS, SHAPE, load, random_tokens, save_random
 
 Folders = Callable[[str], Path]
 TOKENS = random_tokens(4, 32)
@@ -183,7 +184,7 @@ def test_a_tied_head_is_quantized_on_request_and_the_embedding_stays(
     way: str, random_model: Folders, tmp_path: Path
 ) -> None:
     folder = random_model("llama-tied-biased")
-    model = quantize(folder, way, modules_to_not_convert=[])
+    model = quantize(folder, way, modules_to_not_convert=["!lm_head"])
     assert isinstance(model.lm_head, NVFP4Linear)
     assert torch.equal(model.model.embed_tokens.weight, load(folder).model.embed_tokens.weight)
     expected = logits(model)
@@ -194,7 +195,7 @@ def test_a_tied_head_is_quantized_on_request_and_the_embedding_stays(
 
 
 def test_skip_patterns_leave_modules_alone(random_model: Folders, tmp_path: Path) -> None:
-    patterns = ["lm_head", "layers.0", "*.down_proj"]
+    patterns = ["layers.0", "*.down_proj"]
     model = quantize(random_model("llama"), modules_to_not_convert=patterns)
     names = set(linears(model))
     assert names == {
@@ -361,11 +362,23 @@ def test_statistics_of_another_model_are_refused(random_model: Folders, tmp_path
     path = tmp_path / "statistics.safetensors"
     calibrate(load(random_model("bert")), TOKENS).save(path)
     with pytest.raises(ValueError, match=r"has no statistics of layers\.0\.self_attn\.q_proj"):
-        quantize(random_model("llama"), statistics=path)
+        quantize(random_model("llama"), dataset=None, statistics=path)
+    wide = calibrate(load(random_model("llama")), TOKENS)
+    entry = wide["layers.1.mlp.up_proj"]
+    wide["layers.1.mlp.up_proj"] = type(entry)(entry.absmax, entry.square[:32])
+    wide.save(path)
+    with pytest.raises(ValueError, match=r"has 32 channels of .*up_proj, which has 64"):
+        quantize(random_model("llama"), dataset=None, statistics=path)
+    path.write_bytes(b"garbage")
+    with pytest.raises(ValueError, match=r"statistics\.safetensors is not a statistics file"):
+        quantize(random_model("llama"), dataset=None, statistics=path)
 
 
 @pytest.mark.parametrize("way", ["on the fly", "weights calibrated"])
-def test_a_weight_with_nan_is_named(way: str, tmp_path: Path) -> None:
+def test_a_weight_with_nan_is_named(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     folder = save_random("llama", tmp_path)
     broken = load(folder)
     with torch.no_grad():
@@ -375,14 +388,74 @@ def test_a_weight_with_nan_is_named(way: str, tmp_path: Path) -> None:
     if way == "on the fly":
         with pytest.raises(RuntimeError, match="conversion"):
             quantize(folder, way)
+        assert "model.layers.1.mlp.down_proj: x has max|x| = nan" in caplog.text
         return
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: x has max\|x\| = nan"):
-        quantize(folder, way, modules_to_not_convert=["lm_head"])
+        quantize(folder, way)
 
 
 def test_an_encoder_cannot_write_its_own_text(random_model: Folders) -> None:
     with pytest.raises(ValueError, match="BertForSequenceClassification cannot write its own"):
         quantize(random_model("bert"), dataset="self")
+
+
+def test_dequantize_is_refused_where_nothing_is_quantized(random_model: Folders) -> None:
+    with pytest.raises(ValueError, match="dequantize=True is for loading a quantized checkpoint"):
+        quantize(random_model("llama"), "on the fly", dequantize=True)
+
+
+def test_an_override_that_matches_nothing_is_an_error(random_model: Folders) -> None:
+    for pattern in ("activation", "layers.9.*"):
+        with pytest.raises(ValueError, match=f"overrides pattern '{re.escape(pattern)}' matches"):
+            quantize(random_model("llama"), "on the fly", overrides={pattern: "absmax"})
+    for pattern in ("model.layers.0.mlp.down_proj", "layers.0.mlp.down_proj", "layers.0.mlp"):
+        model = quantize(random_model("llama"), "on the fly", overrides={pattern: "absmax"})
+        assert model.model.layers[0].mlp.down_proj.recipe.weights == "absmax"
+        assert model.model.layers[1].mlp.down_proj.recipe.weights == "mse"
+
+
+def test_a_list_of_skips_adds_to_the_defaults(random_model: Folders) -> None:
+    model = quantize(random_model("llama"), "on the fly", modules_to_not_convert=["layers.0"])
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_a_tied_head_with_a_bias_reloads(tmp_path: Path) -> None:
+    tf.BertForMaskedLM(tf.BertConfig(**SHAPE)).save_pretrained(tmp_path / "plain")
+    wanted = ["!cls.predictions.decoder"]
+    settings = ScaleSweepConfig(**WAYS["on the fly"], modules_to_not_convert=wanted)
+    auto = tf.AutoModelForMaskedLM
+    model = auto.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    assert isinstance(model.cls.predictions.decoder, NVFP4Linear)
+    model.save_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(auto.from_pretrained(tmp_path / "packed")), logits(model))
+
+
+def test_models_that_token_rows_do_not_run_are_refused_early(tmp_path: Path) -> None:
+    t5 = tf.T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=1, num_heads=4)
+    tf.T5ForConditionalGeneration(t5).save_pretrained(tmp_path)
+    auto = tf.AutoModelForSeq2SeqLM
+    with pytest.raises(ValueError, match="is an encoder-decoder model, which calibration does not"):
+        auto.from_pretrained(tmp_path, quantization_config=ScaleSweepConfig())
+    config = ScaleSweepConfig(scheme="W", objective="mse", dataset=None)
+    model = auto.from_pretrained(tmp_path, quantization_config=config)
+    with torch.no_grad():
+        out = model(input_ids=INPUT, decoder_input_ids=INPUT).logits
+    assert torch.isfinite(out).all()
+
+
+def test_a_quantized_model_is_not_calibrated_again(random_model: Folders) -> None:
+    with pytest.raises(ValueError, match="is quantized already: calibrate the full-precision"):
+        calibrate(quantize(random_model("llama"), "on the fly"), TOKENS)
+
+
+def test_calibrating_leaves_the_model_as_it_was(random_model: Folders) -> None:
+    model = load(random_model("llama"))
+    before = logits(model)
+    statistics = calibrate(model, TOKENS, states=True)
+    assert len(statistics) == 14
+    assert len(statistics.states) == 2
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(logits(model), before)
 
 
 def test_loading_twice_registers_once() -> None:

@@ -28,8 +28,7 @@ def test_every_snippet_runs_in_order(
     texts = load_example("tiny_model").make_text(5, 40)
     lines = [json.dumps({"text": text}) for text in texts]
     Path("notes.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    names["model"] = AutoModelForCausalLM.from_pretrained(trained_model)
-    exec(again, names)
+    exec(again.replace("meta-llama/Llama-3.2-1B", str(trained_model)), names)
     assert Path("statistics.safetensors").is_file()
     AutoModelForCausalLM.from_pretrained(trained_model, quantization_config=names["config"])
     exec(tensors, names)

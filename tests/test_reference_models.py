@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from scalesweep_hf import ScaleSweepConfig, dequantize
-from scalesweep_hf.evaluate import measure_fidelity
+from scalesweep_hf import ScaleSweepConfig
+from scalesweep_hf.evaluate import measure_fidelity, weight_error
 from scalesweep_hf.ops.sweep import OBJECTIVES
 from scalesweep_hf.targets import linears
 from tests.conftest import REFERENCE
@@ -63,9 +63,4 @@ def test_weight_error_falls_in_the_published_order(reference_model: Path) -> Non
     for objective, published in expected.items():
         config = ScaleSweepConfig(scheme="W", objective=objective, dataset=None)
         model = AutoModelForCausalLM.from_pretrained(reference_model, quantization_config=config)
-        error = norm = 0.0
-        for name, module in linears(model).items():
-            weight = reference.get_submodule(name).weight.detach().double()
-            error += (weight - dequantize(module.quantized_weight())).square().sum().item()
-            norm += weight.square().sum().item()
-        assert error / norm == pytest.approx(published, rel=0.005)
+        assert weight_error(model, reference) == pytest.approx(published, rel=0.005)

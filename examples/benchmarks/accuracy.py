@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import scalesweep_hf
-from scalesweep_hf import NVFP4Linear, ScaleSweepConfig
-from scalesweep_hf.evaluate import Fidelity, measure_fidelity
+from scalesweep_hf import ScaleSweepConfig
+from scalesweep_hf.config import SCHEMES
+from scalesweep_hf.evaluate import Fidelity, measure_fidelity, weight_error
 from scalesweep_hf.ops.sweep import OBJECTIVES
 
 
@@ -63,8 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--calibration", default="self", help="FILE[:NAME], or 'self' (default)")
     parser.add_argument("--heldout", required=True, help="FILE[:NAME]")
     parser.add_argument("--rows", type=int, default=None, help="held-out rows; default all")
-    parser.add_argument("--scheme", nargs="+", default=["W", "WA"])
-    parser.add_argument("--objective", nargs="+", default=list(OBJECTIVES))
+    parser.add_argument("--scheme", nargs="+", default=["W", "WA"], choices=SCHEMES)
+    parser.add_argument("--objective", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--window", default="bounded", choices=["bounded", "exact"])
     parser.add_argument("--num-samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048, help="tokens")
@@ -80,18 +81,6 @@ def read_tokens(spec: str) -> Tensor:
     tensors = load_file(file)
     tokens: Tensor = tensors[name or next(iter(tensors))]
     return tokens
-
-
-def weight_error(model: Any, reference: Any) -> float:
-    """Return sum ||W - W_q||^2 / sum ||W||^2 over all quantized Linears."""
-    error = norm = 0.0
-    for name, module in model.named_modules():
-        if isinstance(module, NVFP4Linear):
-            original = reference.get_submodule(name).weight.float()
-            quantized = scalesweep_hf.dequantize(module.quantized_weight())
-            error += (original - quantized).square().sum(dtype=torch.float64).item()
-            norm += original.square().sum(dtype=torch.float64).item()
-    return error / norm
 
 
 def report(

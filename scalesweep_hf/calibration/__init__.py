@@ -2,12 +2,11 @@
 
 from scalesweep_hf.calibration.collect import InputStatistics, Statistics, collect
 from scalesweep_hf.calibration.data import calibration_tokens
-from scalesweep_hf.calibration.run import calibrate, run_calibration
+from scalesweep_hf.calibration.run import run_calibration
 
 __all__ = [
     "InputStatistics",
     "Statistics",
-    "calibrate",
     "calibration_tokens",
     "collect",
     "run_calibration",

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scalesweep_hf.calibration.observers import AbsMax, ChannelSquare
+from scalesweep_hf.calibration.states import StateStatistics
+from scalesweep_hf.names import canonical_name
 
 FORMAT = "scalesweep-statistics-1"
 
@@ -36,6 +38,8 @@ class Statistics(UserDict[str, InputStatistics]):
     """Input statistics by module name (without the base model's prefix), with where they came from.
 
     Attributes:
+        states: statistics of keys, values and queries by attention module, where they were
+            observed.
         provenance: JSON types only: source, samples, length, seed of the calibration data.
         shared_inputs: module name to a number, equal for modules of one parent that received one
             tensor.
@@ -46,6 +50,7 @@ class Statistics(UserDict[str, InputStatistics]):
         super().__init__()
         self.provenance = provenance or {}
         self.shared_inputs: dict[str, int] = {}
+        self.states: dict[str, StateStatistics] = {}
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; it appears under its name only when whole."""
@@ -53,6 +58,10 @@ class Statistics(UserDict[str, InputStatistics]):
         for name, statistics in self.items():
             tensors[f"{name}.absmax"] = statistics.absmax
             tensors[f"{name}.square"] = statistics.square
+        for name, states in self.states.items():
+            tensors[f"{name}.state_absmax"] = states.absmax
+            tensors[f"{name}.key_square"] = states.key_square
+            tensors[f"{name}.query_square"] = states.query_square
         metadata = {
             "format": FORMAT,
             "provenance": json.dumps(self.provenance),
@@ -68,9 +77,13 @@ class Statistics(UserDict[str, InputStatistics]):
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: the file is something else.
+            ValueError: the file is something else, or damaged.
         """
-        with safe_open(path, framework="pt") as file:
+        try:
+            opened = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a statistics file, or damaged: {error}") from error
+        with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(
@@ -81,17 +94,15 @@ class Statistics(UserDict[str, InputStatistics]):
             result.shared_inputs = json.loads(metadata["shared_inputs"])
             for key in file.keys():  # noqa: SIM118 (not a mapping)
                 name, _, kind = key.rpartition(".")
+                parts = ("state_absmax", "key_square", "query_square")
                 if kind == "absmax":
                     result[name] = InputStatistics(
                         file.get_tensor(key), file.get_tensor(f"{name}.square")
                     )
+                elif kind == "state_absmax":
+                    tensors = [file.get_tensor(f"{name}.{part}") for part in parts]
+                    result.states[name] = StateStatistics(*tensors)
         return result
-
-
-def canonical_name(model: nn.Module, name: str) -> str:
-    """Return a module's name without the base model's prefix, the same with and without a head."""
-    prefix = getattr(model, "base_model_prefix", "")
-    return name.removeprefix(f"{prefix}.") if prefix else name
 
 
 @contextmanager

@@ -11,19 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-# File suffix to the name and options of the `datasets` reader.
-READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".txt": ("text", {"sample_by": "document"}),
-    ".parquet": ("parquet", {}),
-}
+from scalesweep_hf.names import READERS, is_local_file, source_name
+
 WRITING_BATCH = 32
-
-
-def is_local_file(dataset: str) -> bool:
-    """Whether a dataset string names a local file rather than a data set on the Hub."""
-    return Path(dataset).suffix in READERS
 
 
 def calibration_tokens(
@@ -57,10 +47,7 @@ def calibration_tokens(
             model cannot write text.
         FileNotFoundError: a local file is absent.
     """
-    limit = getattr(_text_config(model), "max_position_embeddings", None)
-    length = (
-        min(sequence_length, limit) if isinstance(limit, int) and limit > 0 else sequence_length
-    )
+    length = min(sequence_length, _longest_row(model))
     if isinstance(dataset, Tensor):
         source, tokens = "tokens", _check_tokens(dataset, model)[:num_samples, :length]
     elif dataset == "self":
@@ -73,7 +60,7 @@ def calibration_tokens(
             batch_size=batch_size or WRITING_BATCH,
         )
     else:
-        source = dataset if isinstance(dataset, str) else "strings"
+        source = source_name(dataset) if isinstance(dataset, str) else "strings"
         texts = _read_texts(dataset, seed) if isinstance(dataset, str) else dataset
         tokens = _pack_texts(texts, _load_tokenizer(model), num_samples, length)
     tokens = tokens.to(device="cpu", dtype=torch.int64).contiguous()
@@ -86,6 +73,26 @@ def calibration_tokens(
         "seed": seed,
         "sha256": digest,
     }
+
+
+def check_source(dataset: str) -> None:
+    """Refuse, before anything is loaded, a dataset string that cannot be read.
+
+    Raises:
+        FileNotFoundError: it names a local file that is absent.
+        ValueError: it names something local that is not a file of a kind that is read.
+    """
+    if is_local_file(dataset):
+        if not Path(dataset).is_file():
+            raise FileNotFoundError(f"dataset {dataset!r} does not exist")
+        return
+    looks_local = dataset.startswith((".", "/", "~")) or Path(dataset).exists()
+    other_kinds = (".csv", ".tsv", ".md", ".gz", ".safetensors")
+    if looks_local or Path(dataset).suffix.lower() in other_kinds:
+        raise ValueError(
+            f"dataset {dataset!r} is not a file of a kind that is read: {', '.join(READERS)}; pass "
+            "strings or token ids for anything else"
+        )
 
 
 def write_tokens(
@@ -114,7 +121,12 @@ def write_tokens(
             "a list of strings or token ids"
         )
     device = model.get_input_embeddings().weight.device
-    start = _start_tokens(model)[:sequence_length]
+    start = _start_tokens(model)
+    if len(start) >= sequence_length:
+        raise ValueError(
+            f"sequence_length is {sequence_length}, but rows start with {len(start)} tokens: "
+            "use a larger one"
+        )
     sampling = GenerationConfig(
         do_sample=True,
         temperature=1.0,
@@ -138,7 +150,7 @@ def write_tokens(
                 bar.update(len(ids))
                 return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-            while len(rows) < num_samples and sampling.max_new_tokens > 0:
+            while len(rows) < num_samples:
                 size = min(batch_size, num_samples - len(rows))
                 prompt = torch.tensor(start, device=device).repeat(size, 1)  # [B, P]
                 rows += model.generate(
@@ -150,6 +162,18 @@ def write_tokens(
     finally:
         model.generation_config = original
     return torch.stack(rows)
+
+
+def _longest_row(model: Any) -> int:
+    """Return how many tokens a model takes: its positions, less those kept for padding."""
+    limit = getattr(_text_config(model), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return 2**31
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == limit:
+            # RoBERTa and its kin count positions from the padding index on.
+            return limit - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return limit
 
 
 def _start_tokens(model: Any) -> list[int]:
@@ -189,11 +213,10 @@ def _read_texts(dataset: str, seed: int) -> Iterator[str]:
     import datasets
 
     if is_local_file(dataset):
-        path = Path(dataset)
-        if not path.is_file():
-            raise FileNotFoundError(f"dataset {dataset!r} does not exist")
-        reader, options = READERS[path.suffix]
-        rows = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+        check_source(dataset)
+        reader = READERS[Path(dataset).suffix.lower()]
+        options = {"sample_by": "document"} if reader == "text" else {}
+        rows = datasets.load_dataset(reader, data_files=dataset, split="train", **options)
     else:
         name, _, rest = dataset.partition(":")
         config, _, split = rest.partition(":")
@@ -244,11 +267,16 @@ def _pack_texts(texts: Iterable[str], tokenizer: Any, num_samples: int, length: 
 
 def _load_tokenizer(model: Any, *, required: bool = True) -> Any:
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     try:
         return AutoTokenizer.from_pretrained(model.name_or_path)
     except (OSError, ValueError, KeyError) as error:
         if not required:
+            logging.get_logger(__name__).warning(
+                f"No tokenizer at {model.name_or_path!r} ({type(error).__name__}): calibration "
+                "text starts from the begin token, without a chat template."
+            )
             return None
         raise ValueError(
             f"no tokenizer found at {model.name_or_path!r} for the calibration text; save one "

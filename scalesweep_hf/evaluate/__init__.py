@@ -1,5 +1,5 @@
 """Measures of what quantization costs a language model."""
 
-from scalesweep_hf.evaluate.fidelity import Fidelity, measure_fidelity
+from scalesweep_hf.evaluate.fidelity import Fidelity, measure_fidelity, weight_error
 
-__all__ = ["Fidelity", "measure_fidelity"]
+__all__ = ["Fidelity", "measure_fidelity", "weight_error"]

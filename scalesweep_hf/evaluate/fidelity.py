@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from tqdm.auto import tqdm
+
+from scalesweep_hf.modules import NVFP4Linear
+from scalesweep_hf.ops.nvfp4 import dequantize
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,13 @@ def measure_fidelity(
     divergence = dict.fromkeys(models, 0.0)
     with torch.no_grad():
         for batch in tqdm(tokens.split(batch_size), desc="Measuring", unit="batch", disable=None):
-            ids = batch.to(device=reference.device, dtype=torch.int64)
-            expected = _log_probabilities(reference, ids)  # [B, L, V]
+            expected = _log_probabilities(reference, batch)  # [B, L, V]
+            ids = batch.to(device=expected.device, dtype=torch.int64)
             for name, model in models.items():
-                actual = expected if model is reference else _log_probabilities(model, ids)
+                if model is reference:
+                    actual = expected
+                else:
+                    actual = _log_probabilities(model, batch).to(expected.device)
                 chosen = actual[:, :-1].gather(-1, ids[:, 1:, None])
                 nll[name] -= chosen.sum(dtype=torch.float64).item()
                 kl = functional.kl_div(actual, expected, reduction="none", log_target=True)
@@ -71,6 +77,24 @@ def measure_fidelity(
     }
 
 
-def _log_probabilities(model: Any, ids: Tensor) -> Tensor:
+def weight_error(model: nn.Module, reference: nn.Module) -> float:
+    """Return sum ||W - W_q||^2 / sum ||W||^2 over the quantized Linears of a model; 0 without any.
+
+    Args:
+        model: quantized.
+        reference: the original, with the same module names, on any device.
+    """
+    error = norm = 0.0
+    for name, module in model.named_modules():
+        if isinstance(module, NVFP4Linear) and module.is_packed:
+            quantized = dequantize(module.quantized_weight())
+            original: Tensor = reference.get_parameter(f"{name}.weight").detach().to(quantized)
+            error += (original - quantized).square().sum(dtype=torch.float64).item()
+            norm += original.square().sum(dtype=torch.float64).item()
+    return error / norm if norm else 0.0
+
+
+def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
+    ids = batch.to(device=model.device, dtype=torch.int64)
     logits = model(input_ids=ids, use_cache=False).logits
     return functional.log_softmax(logits.float(), dim=-1)  # [B, L, V]

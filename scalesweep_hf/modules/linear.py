@@ -1,7 +1,8 @@
 """NVFP4Linear, an nn.Linear whose weight is packed, and how a group of them is quantized."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,17 +109,22 @@ class NVFP4Linear(nn.Linear):
             keep_weight: keep the full-precision weight in place of the packed one, for a loader
                 that quantizes it as it arrives.
         """
-        n, k, device = self.out_features, self.in_features, self.weight.device
-        tensors = {
-            "weight": torch.empty(n, k // 2, dtype=torch.uint8, device=device),
-            "weight_scale": torch.empty(n, k // BLOCK, dtype=torch.float8_e4m3fn, device=device),
-            "weight_scale_2": torch.empty((), dtype=torch.float32, device=device),
+        for name, (shape, dtype) in self.packed_layout().items():
+            if not (keep_weight and name == "weight"):
+                empty = torch.empty(shape, dtype=dtype, device=self.weight.device)
+                self.set_packed({name: empty})
+
+    def packed_layout(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Return shape and dtype of every packed parameter by name."""
+        n, k = self.out_features, self.in_features
+        layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "weight": ((n, k // 2), torch.uint8),
+            "weight_scale": ((n, k // BLOCK), torch.float8_e4m3fn),
+            "weight_scale_2": ((), torch.float32),
         }
         if self.recipe.activations is not None:
-            tensors["input_scale"] = torch.empty((), dtype=torch.float32, device=device)
-        if keep_weight:
-            del tensors["weight"]
-        self.set_packed(tensors)
+            layout["input_scale"] = ((), torch.float32)
+        return layout
 
     def set_packed(self, tensors: Mapping[str, Tensor]) -> None:
         """Install parameters by name, as `quantize_group` returns them."""
@@ -166,16 +172,32 @@ class NVFP4Linear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "NVFP4Linear":
         """Move the scales, never cast them: fn sees bytes, which no dtype conversion touches."""
-        kept = {id(self._parameters[name]) for name in SCALES} | {id(self.input_importance)}
-
-        def move_bytes(tensor: Tensor) -> Tensor:
-            if id(tensor) not in kept:
-                return fn(tensor)
-            moved = fn(tensor.detach().reshape(-1).view(torch.uint8))
-            return moved.view(tensor.dtype).reshape(tensor.shape)
-
-        super()._apply(move_bytes, recurse)  # type: ignore[no-untyped-call]
+        kept = [self._parameters[name] for name in SCALES] + [self.input_importance]
+        super()._apply(keep_bits(fn, kept), recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def keep_bits(
+    fn: Callable[[Tensor], Tensor], kept: Iterable[Tensor | None]
+) -> Callable[[Tensor], Tensor]:
+    """Wrap what ``nn.Module._apply`` applies, so that some tensors are moved but never cast.
+
+    Args:
+        fn: moves or casts a tensor.
+        kept: tensors that fn sees as bytes.
+
+    Returns:
+        A function for ``_apply``.
+    """
+    identities = {id(tensor) for tensor in kept}
+
+    def apply(tensor: Tensor) -> Tensor:
+        if id(tensor) not in identities:
+            return fn(tensor)
+        moved = fn(tensor.detach().reshape(-1).view(torch.uint8))
+        return moved.view(tensor.dtype).reshape(tensor.shape)
+
+    return apply
 
 
 def quantize_group(
@@ -251,11 +273,20 @@ def share_input_importance(modules: Sequence[NVFP4Linear]) -> None:
     """
     if not any(module.weighs_input for module in modules):
         return
-    columns = torch.stack(
-        [
-            module.quantized_weight().values(torch.float32).square().sum(0, dtype=torch.float64)
-            for module in modules
-        ]
-    )  # [members, K]
+    columns: Any = 0
     for module in modules:
-        module.input_importance = columns.sum(0).to(torch.float32)
+        columns = columns + column_squares(module.quantized_weight())  # [K]
+    for module in modules:
+        module.input_importance = columns.to(torch.float32)
+
+
+def column_squares(weight: NVFP4Tensor) -> Tensor:
+    """Sum the squares of every column of a packed weight [N, K], in units of S squared.
+
+    Returns:
+        [K] float64; the products and nearly always the sums are exact.
+    """
+    total: Any = 0
+    for _, rows in weight.row_chunks():
+        total = total + rows.values(torch.float32).square().sum(0, dtype=torch.float64)
+    return torch.as_tensor(total)

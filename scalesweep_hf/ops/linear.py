@@ -6,6 +6,9 @@ from torch import Tensor
 from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, round_blocks
 from scalesweep_hf.ops.sweep import Window
 
+# Weight elements decoded at a time: a few hundred MB of temporaries at the most.
+DECODED = 1 << 24
+
 
 def linear(x: Tensor, weight: NVFP4Tensor, bias: Tensor | None = None) -> Tensor:
     """Multiply unquantized x by a quantized weight: y = (x (codes * block_scale)^T) * S_w + bias.
@@ -21,7 +24,7 @@ def linear(x: Tensor, weight: NVFP4Tensor, bias: Tensor | None = None) -> Tensor
     Returns:
         [..., N] in x's dtype.
     """
-    return _finish(_matmul(x, weight.values(x.dtype)), weight.tensor_scale, bias, x.dtype)
+    return _finish(_matmul(x, weight), weight.tensor_scale, bias, x.dtype)
 
 
 def quantized_linear(
@@ -53,18 +56,25 @@ def quantized_linear(
         [..., N] in x's dtype.
     """
     values = round_blocks(x, input_scale, objective=objective, importance=importance, window=window)
-    product = _matmul(values, weight.values(torch.bfloat16))
+    product = _matmul(values, weight)
     return _finish(product, input_scale * weight.tensor_scale, bias, x.dtype)
 
 
-def _matmul(x: Tensor, w: Tensor) -> Tensor:
-    """Return x w^T in float32, [..., N], for operands of one dtype."""
+def _matmul(x: Tensor, weight: NVFP4Tensor) -> Tensor:
+    """Return x (codes * block_scale)^T in float32, [..., N], decoding as much as fits in a cut."""
     rows = x.reshape(-1, x.shape[-1])  # [T, K]
-    if rows.device.type == "cuda" and rows.dtype != torch.float32:
-        product = torch.mm(rows, w.T, out_dtype=torch.float32)
-    else:
-        product = torch.mm(rows.to(torch.float32), w.to(torch.float32).T)
-    return product.reshape(*x.shape[:-1], w.shape[0])
+    size = max(DECODED // weight.shape[-1], 1)
+    parts = []
+    for start in range(0, weight.shape[0], size):
+        part = slice(start, start + size)
+        cut = NVFP4Tensor(weight.packed[part], weight.block_scale[part], weight.tensor_scale)
+        w = cut.values(x.dtype)  # [n, K]
+        if rows.device.type == "cuda" and rows.dtype != torch.float32:
+            parts.append(torch.mm(rows, w.T, out_dtype=torch.float32))
+        else:
+            parts.append(torch.mm(rows.to(torch.float32), w.to(torch.float32).T))
+    product = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    return product.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _finish(product: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

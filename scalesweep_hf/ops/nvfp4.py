@@ -45,6 +45,13 @@ class NVFP4Tensor:
         """Bytes of all three parts."""
         return self.packed.nbytes + self.block_scale.nbytes + self.tensor_scale.nbytes
 
+    def row_chunks(self) -> Iterator[tuple[slice, "NVFP4Tensor"]]:
+        """Yield which rows of [R, K], and those rows, a chunk at a time."""
+        packed = self.packed.reshape(-1, self.packed.shape[-1])
+        scale = self.block_scale.reshape(-1, self.block_scale.shape[-1])
+        for part in _row_slices(packed.shape[0], self.shape[-1], packed.device):
+            yield part, NVFP4Tensor(packed[part], scale[part], self.tensor_scale)
+
     def values(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """Multiply codes by block scales only.
 
@@ -98,30 +105,60 @@ def quantize(
     if tensor_scale is None:
         tensor_scale = compute_tensor_scale(amax, objective)
     tensor_scale = _check_tensor_scale(tensor_scale).to(x.device)
-    rows = x.reshape(-1, x.shape[-1])  # [R, K]
-    packed = x.new_empty((rows.shape[0], x.shape[-1] // 2), dtype=torch.uint8)
-    scales = x.new_empty((rows.shape[0], x.shape[-1] // BLOCK), dtype=torch.uint8)
-    for part, blocks, weight in _chunks(rows, tensor_scale, importance):
-        codes = OBJECTIVES[objective].choose(blocks, weight, window)  # [r, G]
-        scales[part] = codes
-        packed[part] = pack(e2m1.encode(blocks / e4m3.decode(codes).unsqueeze(-1)).flatten(-2))
-    return NVFP4Tensor(
-        packed.reshape(*x.shape[:-1], x.shape[-1] // 2),
-        scales.reshape(*x.shape[:-1], x.shape[-1] // BLOCK).view(torch.float8_e4m3fn),
-        tensor_scale,
+    packed, codes = encode_blocks(
+        x, tensor_scale, objective=objective, importance=importance, window=window
     )
+    return NVFP4Tensor(packed, codes.view(torch.float8_e4m3fn), tensor_scale)
 
 
 def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return decode(codes) * block_scale * tensor_scale (eq. 5).
 
     The product of the first two is exact; it is multiplied by the tensor scale in float32 and
-    rounded once to dtype.
+    rounded once to dtype. Works in chunks, as `quantize`.
 
     Returns:
         [..., K] dtype.
     """
-    return (tensor.values(torch.float32) * tensor.tensor_scale).to(dtype)
+    result = torch.empty(tensor.shape, dtype=dtype, device=tensor.packed.device)
+    rows = result.view(-1, tensor.shape[-1])
+    for part, chunk in tensor.row_chunks():
+        rows[part] = (chunk.values(torch.float32) * tensor.tensor_scale).to(dtype)
+    return result
+
+
+def encode_blocks(
+    x: Tensor,
+    tensor_scale: Tensor,
+    *,
+    objective: str,
+    importance: Tensor | None = None,
+    window: Window = "bounded",
+) -> tuple[Tensor, Tensor]:
+    """Quantize without checks: the two large parts of ``quantize(x, ...)``.
+
+    For states that enter a cache, at run time: nothing here waits for the device. Beyond the range
+    of the tensor scale, infinity included, values saturate.
+
+    Args:
+        x: [..., K] floating, K divisible by 16.
+        tensor_scale: [] float32 > 0, on x's device.
+        objective: as in `quantize`.
+        importance: [K], or [R, K] for R rows of x; float32, finite and >= 0; for "wmse".
+        window: as in `quantize`.
+
+    Returns:
+        Packed codes [..., K/2] uint8 and block scale codes [..., K/16] uint8.
+    """
+    leading, k = x.shape[:-1], x.shape[-1]
+    rows = x.numel() // k
+    packed = x.new_empty((rows, k // 2), dtype=torch.uint8)
+    scale = x.new_empty((rows, k // BLOCK), dtype=torch.uint8)
+    for part, blocks, weight in _chunks(x, tensor_scale, importance):
+        codes = OBJECTIVES[objective].choose(blocks, weight, window)  # [r, G]
+        packed[part] = pack(e2m1.encode(blocks / e4m3.decode(codes).unsqueeze(-1)).flatten(-2))
+        scale[part] = codes
+    return packed.reshape(*leading, k // 2), scale.reshape(*leading, k // BLOCK)
 
 
 def round_blocks(
@@ -134,26 +171,24 @@ def round_blocks(
 ) -> Tensor:
     """Quantize and decode in one go: ``quantize(x, ...).values()`` without packing or checks.
 
-    For activations, at run time: nothing here waits for the device. NaN stays NaN; beyond the range
-    of the static tensor scale, infinity included, values saturate.
+    For activations, at run time, as `encode_blocks`; NaN stays NaN.
 
     Args:
         x: [..., K] floating, K divisible by 16.
-        tensor_scale: [] float32 > 0, static.
+        tensor_scale: [] float32 > 0, on x's device.
         objective: as in `quantize`.
-        importance: [K] float32, finite and >= 0, for "wmse".
+        importance: as in `encode_blocks`.
         window: as in `quantize`.
 
     Returns:
         [..., K] bfloat16, exact, in units of the tensor scale.
     """
-    rows = x.reshape(-1, x.shape[-1])  # [R, K]
+    choose = OBJECTIVES[objective].choose
     parts = []
-    for _, blocks, weight in _chunks(rows, tensor_scale, importance):
-        scale = e4m3.decode(OBJECTIVES[objective].choose(blocks, weight, window)).unsqueeze(-1)
+    for _, blocks, weight in _chunks(x, tensor_scale, importance):
+        scale = e4m3.decode(choose(blocks, weight, window)).unsqueeze(-1)
         parts.append((e2m1.round_to_e2m1(blocks / scale) * scale).flatten(-2).to(torch.bfloat16))
-    values = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return values.reshape(x.shape)
+    return torch.cat(parts).reshape(x.shape)
 
 
 def compute_tensor_scale(amax: Tensor, objective: str) -> Tensor:
@@ -201,20 +236,22 @@ def check_objective(objective: str) -> None:
 
 
 def _chunks(
-    rows: Tensor, tensor_scale: Tensor, importance: Tensor | None
+    x: Tensor, tensor_scale: Tensor, importance: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield, per chunk of rows: slice, x / S in blocks [r, G, 16] float32, importance in blocks."""
-    width = max(rows.shape[-1], 1)
-    size = max((CHUNK_CPU if rows.device.type == "cpu" else CHUNK_DEVICE) // width, 1)
-    shared = importance is not None and importance.ndim == 1
-    for start in range(0, max(rows.shape[0], 1), size):
-        part = slice(start, start + size)
+    """Yield chunks of rows: which they are, x / S in blocks [r, G, 16] float32, importance."""
+    rows = x.reshape(-1, x.shape[-1])  # [R, K]
+    for part in _row_slices(rows.shape[0], x.shape[-1], x.device):
         scaled = (rows[part].to(torch.float32) / tensor_scale).clamp(-FAR, FAR)
-        blocks = scaled.unflatten(-1, (-1, BLOCK))
-        weight = None
-        if importance is not None:
-            weight = (importance if shared else importance[part]).unflatten(-1, (-1, BLOCK))
-        yield part, blocks, weight
+        weight = importance
+        if weight is not None:
+            weight = (weight if weight.ndim == 1 else weight[part]).unflatten(-1, (-1, BLOCK))
+        yield part, scaled.unflatten(-1, (-1, BLOCK)), weight
+
+
+def _row_slices(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    size = max((CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE) // width, 1)
+    for start in range(0, max(rows, 1), size):
+        yield slice(start, start + size)
 
 
 def _check_blocks(x: Tensor) -> None:

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scalesweep_hf.calibration import calibration_tokens
+from scalesweep_hf.calibration.data import check_source
 from tests.conftest import load_example
 from tests.models import load, random_tokens
 
@@ -116,7 +118,7 @@ def test_local_files_are_read(
         datasets.Dataset.from_dict({"text": texts}).to_parquet(str(path))
     tokens, provenance = calibration_tokens(str(path), model, num_samples=4, sequence_length=48)
     assert tokens.shape == (4, 48)
-    assert provenance["source"] == str(path)
+    assert provenance["source"] == path.name
     assert torch.equal(tokens, tokens_of(str(path), model))
     if suffix == ".jsonl":
         assert not torch.equal(tokens, tokens_of(str(path), model, seed=1))
@@ -145,6 +147,28 @@ def test_bad_token_tensors_are_errors(tokens: torch.Tensor, message: str, model:
 def test_a_missing_file_is_an_error(model: Any) -> None:
     with pytest.raises(FileNotFoundError, match=r"'nowhere\.txt' does not exist"):
         tokens_of("nowhere.txt", model)
+
+
+def test_files_of_other_kinds_are_errors(model: Any, tmp_path: Path) -> None:
+    for dataset in ("notes.csv", str(tmp_path), "./notes"):
+        with pytest.raises(ValueError, match=r"is not a file of a kind that is read: \.jsonl"):
+            check_source(dataset)
+
+
+def test_rows_must_be_longer_than_what_they_start_with(model: Any) -> None:
+    with pytest.raises(ValueError, match="sequence_length is 1, but rows start with 1 tokens"):
+        tokens_of("self", model, sequence_length=1)
+
+
+def test_positions_kept_for_padding_are_not_used() -> None:
+    config = tf.RobertaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=32, max_position_embeddings=66,
+    )  # fmt: skip
+    roberta = tf.RobertaModel(config)
+    rows = tokens_of(torch.full((2, 128), 5), roberta, sequence_length=128)
+    assert rows.shape == (2, 64)
+    roberta(input_ids=rows)
 
 
 def test_a_file_without_text_is_an_error(model: Any, tmp_path: Path) -> None:

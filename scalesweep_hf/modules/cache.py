@@ -1,0 +1,151 @@
+"""A key-value cache that stores packed NVFP4: Transformers' own cache layers, over rows of bytes.
+
+A packed layer is one of Transformers' layers whose "head_dim" is the bytes of a packed row.
+Appending, sliding, cropping, reordering and offloading are inherited; only `update` packs what
+enters and unpacks what attention reads.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from scalesweep_hf.ops.kv import StateCodec, packed_size
+
+
+class PackedLayer:
+    """Mixin before a Transformers cache layer: bytes inside, states outside."""
+
+    key_codec: StateCodec | None = None
+    value_codec: StateCodec | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for rows of bytes, whether given rows or, for early initialisation, states."""
+        super().lazy_initialization(_as_rows(key_states), _as_rows(value_states))  # type: ignore[misc]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Quantize new states once, store them, and return all states that attention may see.
+
+        Args:
+            key_states: [B, H, T, D] floating.
+            value_states: [B, H, T, D] floating.
+            args: passed on.
+            kwargs: passed on.
+
+        Returns:
+            Keys and values [B, H, all tokens, D], dequantized, in the dtypes given.
+
+        Raises:
+            ValueError: D is not a multiple of 16.
+        """
+        if self.key_codec is None or self.value_codec is None:
+            self.key_codec = StateCodec.for_states(key_states)
+            self.value_codec = StateCodec.for_states(value_states)
+        packed_size(key_states.shape[-1])
+        packed_size(value_states.shape[-1])
+        keys, values = super().update(  # type: ignore[misc]
+            self.key_codec.pack(key_states), self.value_codec.pack(value_states), *args, **kwargs
+        )
+        return (
+            self.key_codec.unpack(keys, key_states.dtype),
+            self.value_codec.unpack(values, value_states.dtype),
+        )
+
+
+class PackedDynamicLayer(PackedLayer, DynamicLayer):  # type: ignore[misc]
+    """Grows with every token."""
+
+
+class PackedSlidingLayer(PackedLayer, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    """Grows up to its window."""
+
+
+class PackedStaticLayer(PackedLayer, StaticLayer):  # type: ignore[misc]
+    """Allocated at once, for compilation."""
+
+
+class PackedStaticSlidingLayer(PackedLayer, StaticSlidingWindowLayer):  # type: ignore[misc]
+    """Allocated at once, as large as its window."""
+
+
+PACKED: dict[type, type] = {
+    DynamicLayer: PackedDynamicLayer,
+    DynamicSlidingWindowLayer: PackedSlidingLayer,
+    StaticLayer: PackedStaticLayer,
+    StaticSlidingWindowLayer: PackedStaticSlidingLayer,
+}
+
+
+def pack_cache(cache: Cache) -> Cache:
+    """Make an empty cache store packed NVFP4 from now on, in place; layers of other kinds stay.
+
+    Layers keep their place and settings. Without an attention module that
+    brings calibrated codecs, each layer takes its tensor scales from the first states it sees.
+
+    Args:
+        cache: empty, made with a config (so that its layers exist).
+
+    Returns:
+        The same cache.
+
+    Raises:
+        ValueError: a layer already holds states.
+    """
+    for index, layer in enumerate(cache.layers):
+        if type(layer) not in PACKED:
+            continue
+        if layer.is_initialized:
+            raise ValueError("the cache already holds states: pack it before its first use")
+        packed: Any = object.__new__(PACKED[type(layer)])
+        packed.__dict__.update(layer.__dict__)
+        cache.layers[index] = packed
+    return cache
+
+
+class NVFP4Cache(DynamicCache):  # type: ignore[misc]
+    """A cache at 4.5 bits per element that grows as needed; works with unquantized models too.
+
+    ``model.generate(..., past_key_values=NVFP4Cache(config=model.config))``
+    """
+
+    def __init__(self, *, config: Any, **kwargs: Any) -> None:
+        """Make packed layers.
+
+        Args:
+            config: of the model, which says what kinds of layers there are.
+            kwargs: ``offloading`` and others that DynamicCache takes.
+        """
+        super().__init__(config=config, **kwargs)
+        pack_cache(self)
+
+
+class NVFP4StaticCache(StaticCache):  # type: ignore[misc]
+    """A cache at 4.5 bits per element, allocated at once, so that decoding can be compiled."""
+
+    def __init__(self, *, config: Any, max_cache_len: int, **kwargs: Any) -> None:
+        """Make packed layers.
+
+        Args:
+            config: of the model, which says what kinds of layers there are.
+            max_cache_len: tokens.
+            kwargs: ``offloading`` and others that StaticCache takes.
+        """
+        super().__init__(config=config, max_cache_len=max_cache_len, **kwargs)
+        pack_cache(self)
+
+
+def _as_rows(states: Tensor) -> Tensor:
+    """Return rows as they are; for states, which are empty here, rows of their packed size."""
+    if states.dtype == torch.uint8:
+        return states
+    shape = (*states.shape[:-1], packed_size(states.shape[-1]))
+    return states.new_empty(shape, dtype=torch.uint8)

@@ -1,0 +1,135 @@
+"""Keys, values and queries of a model: hook attention modules, set their scales, pack the cache.
+
+The glue between `quantizer.py` and `modules/attention.py`, as the quantizer is between Transformers
+and the Linears.
+"""
+
+import functools
+import types
+from typing import Any
+
+import torch
+from accelerate.utils import align_module_device
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from scalesweep_hf.calibration import Statistics
+from scalesweep_hf.calibration.states import KINDS, StateStatistics
+from scalesweep_hf.checkpoint import check_arrived, check_scales
+from scalesweep_hf.config import LETTERS, STATES, ScaleSweepConfig
+from scalesweep_hf.modules import attention
+from scalesweep_hf.modules.cache import pack_cache
+from scalesweep_hf.names import canonical_name, matches
+from scalesweep_hf.ops.nvfp4 import compute_tensor_scale
+from scalesweep_hf.targets import find_attention, state_shape
+
+
+def hook_states(model: PreTrainedModel, config: ScaleSweepConfig, *, placeholders: bool) -> None:
+    """Hook the attention modules whose states the scheme quantizes.
+
+    Args:
+        model: may be on the meta device.
+        config: says which kinds, and how.
+        placeholders: whether to add uninitialised parameters, on the meta device, for a loader.
+
+    Raises:
+        ValueError: the scheme quantizes states and an attention module cannot be hooked.
+    """
+    if not any(LETTERS[kind] in config.scheme for kind in STATES):
+        return
+    for name in find_attention(model):
+        applies = functools.partial(matches, model, name)
+        objectives = {kind: config.objective_for(kind, applies) for kind in STATES}
+        if not any(objectives.values()):
+            continue
+        module = model.get_submodule(name)
+        attention.attach(module, attention.StateRecipe(**objectives, window=config.window))
+        if placeholders:
+            shapes = attention.expected_states(module, *state_shape(module))
+            empty = {n: torch.empty(s, device="meta") for n, s in shapes.items()}
+            attention.set_states(module, empty)
+
+
+def hooked(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the attention modules that `hook_states` has hooked, by name."""
+    return {name: m for name, m in model.named_modules() if hasattr(m, "nvfp4_states")}
+
+
+def fill_states(model: PreTrainedModel, statistics: Statistics) -> None:
+    """Set the scales and importances of hooked attention modules from calibration.
+
+    Raises:
+        ValueError: a module is not in the statistics, or its states were not finite.
+    """
+    for name, module in hooked(model).items():
+        seen = statistics.states.get(canonical_name(model, name))
+        if seen is None:
+            raise ValueError(f"{name}: the statistics have no keys, values and queries: calibrate")
+        if not torch.isfinite(seen.absmax).all():
+            raise ValueError(f"{name}: keys, values or queries were not finite in calibration")
+        shapes = attention.expected_states(module, *state_shape(module))
+        device = next(module.get_submodule("o_proj").parameters()).device
+        if device.type == "meta":  # offloaded: codecs follow the states that they meet
+            device = torch.device("cpu")
+        tensors = _tensors(module, seen)
+        attention.set_states(module, {n: tensors[n].to(device) for n in shapes})
+
+
+def _tensors(module: nn.Module, seen: StateStatistics) -> dict[str, Tensor]:
+    """Return every parameter that a recipe may need: queries weigh keys, keys weigh queries."""
+    recipe = module.nvfp4_states.recipe  # type: ignore[union-attr]
+    tensors = {"k_importance": seen.query_square, "q_importance": seen.key_square}
+    for kind, amax in zip(KINDS, seen.absmax, strict=True):
+        if (objective := getattr(recipe, kind)) is not None:
+            tensors[f"{attention.STATES[kind]}_scale"] = compute_tensor_scale(amax, objective)
+    return tensors
+
+
+def check_states(model: PreTrainedModel) -> None:
+    """Raise ValueError, naming the tensor, unless all scales of states arrived and are sound."""
+    for name, module in hooked(model).items():
+        check_arrived(name, module)
+        with align_module_device(module):
+            check_scales(name, module, attention.PARAMETERS)
+        for part in attention.PARAMETERS:
+            if (parameter := module._parameters[part]) is not None:
+                parameter.requires_grad_(False)
+
+
+def finish_states(model: PreTrainedModel, config: ScaleSweepConfig) -> None:
+    """Compute the importance of values, and make `generate` store keys and values packed."""
+    modules = hooked(model)
+    for module in modules.values():
+        with align_module_device(module.get_submodule("o_proj")):
+            attention.share_value_importance(module, state_shape(module)[0])
+    complete = all(
+        module._parameters["k_scale"] is not None and module._parameters["v_scale"] is not None
+        for module in modules.values()
+    )
+    if modules and complete and config.packed_cache and model.can_generate():
+        method = types.MethodType(_prepare_packed_cache, model)
+        model._prepare_cache_for_generation = method
+
+
+def unhook_states(model: PreTrainedModel) -> None:
+    """Undo `hook_states` and `finish_states`."""
+    for module in hooked(model).values():
+        attention.detach(module)
+    vars(model).pop("_prepare_cache_for_generation", None)
+
+
+def _prepare_packed_cache(
+    model: Any,
+    generation_config: Any,
+    model_kwargs: dict[str, Any],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Let Transformers make the cache it would make, then pack it; a user's own cache stays."""
+    given = model_kwargs.get("past_key_values")
+    prepare = type(model)._prepare_cache_for_generation
+    result = prepare(model, generation_config, model_kwargs, *args, **kwargs)
+    cache = model_kwargs.get("past_key_values")
+    if given is None and isinstance(cache, Cache) and not cache.is_initialized:
+        pack_cache(cache)
+    return result

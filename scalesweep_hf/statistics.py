@@ -1,0 +1,110 @@
+"""Calibrate a model once, for any number of quantizations."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from scalesweep_hf.calibration import Statistics, calibration_tokens, run_calibration
+from scalesweep_hf.modules import NVFP4Linear, attention
+from scalesweep_hf.states import hooked
+from scalesweep_hf.targets import find_attention, select_linears
+
+CALIBRATION_BATCH = 8
+
+
+def calibrate(
+    model: PreTrainedModel,
+    dataset: str | Sequence[str] | Tensor = "self",
+    *,
+    num_samples: int = 128,
+    sequence_length: int = 2048,
+    seed: int = 0,
+    batch_size: int | None = None,
+    states: bool = False,
+    modules_to_not_convert: Sequence[str] | None = None,
+) -> Statistics:
+    """Run calibration text through a full-precision model and collect statistics.
+
+    Args:
+        model: not quantized, in evaluation mode; left as it was.
+        dataset: with num_samples, sequence_length and seed, as in `ScaleSweepConfig`.
+        num_samples: rows at the most.
+        sequence_length: tokens a row, clipped to what the model takes.
+        seed: of the sampling or the shuffling.
+        batch_size: rows per forward pass; None picks 8, and 32 for writing text.
+        states: also of keys, values and queries, which the schemes "WAKV" and "WAKVQ" need.
+        modules_to_not_convert: as in `ScaleSweepConfig`: modules that need no statistics.
+
+    Returns:
+        The statistics of every Linear that would be quantized, with their provenance.
+
+    Raises:
+        ValueError: the model is quantized or cannot be calibrated, or the dataset does not suit.
+        FileNotFoundError: a local file is absent.
+    """
+    if any(isinstance(module, NVFP4Linear) for module in model.modules()):
+        raise ValueError("the model is quantized already: calibrate the full-precision model")
+    names = select_linears(model, modules_to_not_convert)
+    check_calibration(model)
+    recipe = attention.StateRecipe(None, None, None, "bounded")
+    for name in find_attention(model) if states else ():
+        attention.attach(model.get_submodule(name), recipe)
+    try:
+        return run(
+            model,
+            dataset,
+            names,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            seed=seed,
+            batch_size=batch_size,
+        )
+    finally:
+        for module in hooked(model).values():
+            attention.detach(module)
+
+
+def run(
+    model: PreTrainedModel,
+    dataset: str | Sequence[str] | Tensor,
+    names: Sequence[str],
+    *,
+    num_samples: int,
+    sequence_length: int,
+    seed: int,
+    batch_size: int | None,
+) -> Statistics:
+    """Make the tokens and run them, observing the named Linears and hooked attention modules."""
+    tokens, provenance = calibration_tokens(
+        dataset,
+        model,
+        num_samples=num_samples,
+        sequence_length=sequence_length,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    batch = batch_size or CALIBRATION_BATCH
+    statistics = run_calibration(
+        model, tokens, names=names, attention=hooked(model), batch_size=batch
+    )
+    statistics.provenance = provenance
+    return statistics
+
+
+def check_calibration(model: PreTrainedModel) -> None:
+    """Refuse, before any weight is read, models that token rows alone do not run.
+
+    Raises:
+        ValueError: says why, and what works instead.
+    """
+    reason = None
+    if model.config.is_encoder_decoder:
+        reason = "is an encoder-decoder model"
+    elif model.main_input_name != "input_ids":
+        reason = f"takes {model.main_input_name}, not token ids"
+    if reason is not None:
+        raise ValueError(
+            f"{type(model).__name__} {reason}, which calibration does not run: use scheme 'W' with "
+            "objective 'mse', which needs none"
+        )
