@@ -4,9 +4,10 @@
     python examples/demo.py --model FOLDER_OR_ID  # a real model
     python examples/demo.py --model FOLDER_OR_ID --text FILE.jsonl
 
-Weights and the inputs of the same Linears are quantized (scheme "WA"). Quality is measured on text
-that was not used for calibration: the tiny model's held-out stories, or --text, or else text that
-the model writes itself with another seed.
+Every objective quantizes weights and the inputs of the same Linears (scheme "WA", or --scheme); the
+last two rows add keys and values, and queries. Quality is measured on text that was not used for
+calibration: the tiny model's held-out stories, or --text, or else text that the model writes itself
+with another seed.
 """
 
 import argparse
@@ -42,22 +43,24 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_pretrained(folder, device_map=device)
     tokens = evaluation_tokens(args, folder, reference)
     models = {"bfloat16": reference}
-    for objective in OBJECTIVES:
-        console.print(f"Quantizing {folder} with objective {objective!r} ...", highlight=False)
+    settings = [(args.scheme, objective) for objective in OBJECTIVES]
+    settings += [(scheme, "wmse") for scheme in ("WAKV", "WAKVQ") if scheme != args.scheme]
+    for scheme, objective in settings:
+        name = f"{scheme} {objective}"
+        console.print(f"Quantizing {folder}: {name} ...", highlight=False)
         config = ScaleSweepConfig(
-            scheme=args.scheme,
+            scheme=scheme,
             objective=objective,
             num_samples=args.num_samples,
             sequence_length=args.length,
         )
-        models[objective] = AutoModelForCausalLM.from_pretrained(
+        models[name] = AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=config, device_map=device
         )
-    console.print(comparison(models, reference, tokens, args.scheme))
-    for name in ("bfloat16", "wmse"):
-        console.print(
-            f"\n[bold]{name} writes:[/bold] {sample(models[name], folder)}", highlight=False
-        )
+    console.print(comparison(models, reference, tokens))
+    for name in ("bfloat16", list(models)[-1]):
+        text = sample(models[name], folder)
+        console.print(f"\n[bold]{name} writes:[/bold] {text}", highlight=False)
     if not args.model:
         command = "python examples/demo.py --model FOLDER_OR_ID"
         console.print(f"\nThe same on a real model: {command}", highlight=False)
@@ -101,16 +104,17 @@ def evaluation_tokens(args: argparse.Namespace, folder: str, reference: Any) -> 
     return tokens
 
 
-def comparison(models: dict[str, Any], reference: Any, tokens: Tensor, scheme: str) -> Table:
+def comparison(models: dict[str, Any], reference: Any, tokens: Tensor) -> Table:
     """Measure every model and lay the figures out."""
     fidelity = measure_fidelity(models, reference, tokens)
-    title = f"NVFP4 {scheme}, {tokens.shape[0]} x {tokens.shape[1]} held-out tokens"
-    table = Table(title=title)
-    columns = ("", "weight NMSE", "KL to bf16", "perplexity", "Linears MB", "all MB")
+    table = Table(title=f"NVFP4, {tokens.shape[0]} x {tokens.shape[1]} held-out tokens")
+    columns = ("", "weight NMSE", "KL to bf16", "perplexity", "Linears MB", "cache B/token")
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     linears = [
-        name for name, module in models["wmse"].named_modules() if isinstance(module, NVFP4Linear)
+        name
+        for name, module in list(models.values())[-1].named_modules()
+        if isinstance(module, NVFP4Linear)
     ]
     for name, model in models.items():
         quantized = sum(bytes_of(model.get_submodule(linear)) for linear in linears)
@@ -120,7 +124,7 @@ def comparison(models: dict[str, Any], reference: Any, tokens: Tensor, scheme: s
             f"{fidelity[name].kl:.5f}",
             f"{fidelity[name].perplexity:.4f}",
             f"{quantized / MB:.2f}",
-            f"{bytes_of(model) / MB:.2f}",
+            f"{cache_bytes(model, tokens[:1]):.0f}",
         )
     return table
 
@@ -128,6 +132,20 @@ def comparison(models: dict[str, Any], reference: Any, tokens: Tensor, scheme: s
 def bytes_of(module: torch.nn.Module) -> int:
     """Return the bytes of all parameters."""
     return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def cache_bytes(model: Any, prompt: Tensor) -> float:
+    """Return the bytes per token of the cache that `generate` makes."""
+    prompt = prompt.to(device=model.device, dtype=torch.int64)
+    out = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=1,
+        do_sample=False,
+        return_dict_in_generate=True,
+    )
+    layers = out.past_key_values.layers
+    return sum(float(layer.keys.nbytes + layer.values.nbytes) for layer in layers) / prompt.shape[1]
 
 
 def sample(model: Any, folder: str) -> str:

@@ -37,6 +37,7 @@ from scalesweep_hf.modules.linear import (
 )
 from scalesweep_hf.names import canonical_name, matches
 from scalesweep_hf.states import (
+    check_state_statistics,
     check_states,
     fill_states,
     finish_states,
@@ -150,6 +151,8 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.allocate_packed(keep_weight=True)
         self._group(model)
         hook_states(model, config, placeholders=self.pre_quantized)
+        if self.statistics is not None:
+            check_state_statistics(model, self.statistics)
 
     def _check_statistics(self, model: PreTrainedModel, names: Sequence[str]) -> None:
         if self.statistics is None:

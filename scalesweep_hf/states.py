@@ -5,7 +5,6 @@ and the Linears.
 """
 
 import functools
-import types
 from typing import Any
 
 import torch
@@ -55,16 +54,34 @@ def hooked(model: nn.Module) -> dict[str, nn.Module]:
     return {name: m for name, m in model.named_modules() if hasattr(m, "nvfp4_states")}
 
 
-def fill_states(model: PreTrainedModel, statistics: Statistics) -> None:
-    """Set the scales and importances of hooked attention modules from calibration.
+def check_state_statistics(model: PreTrainedModel, statistics: Statistics) -> None:
+    """Check, before any weight is read, that statistics suit the hooked attention modules.
 
     Raises:
-        ValueError: a module is not in the statistics, or its states were not finite.
+        ValueError: statistics of a module are missing, or of another shape.
     """
     for name, module in hooked(model).items():
         seen = statistics.states.get(canonical_name(model, name))
         if seen is None:
-            raise ValueError(f"{name}: the statistics have no keys, values and queries: calibrate")
+            raise ValueError(
+                f"the statistics have no keys, values and queries of {name}: make them with "
+                "calibrate(model, states=True)"
+            )
+        if tuple(seen.key_square.shape) != state_shape(module):
+            raise ValueError(
+                f"the statistics of {name} are of {list(seen.key_square.shape)} heads and "
+                f"channels, the module has {list(state_shape(module))}: they are of another model"
+            )
+
+
+def fill_states(model: PreTrainedModel, statistics: Statistics) -> None:
+    """Set the scales and importances of hooked attention modules from calibration.
+
+    Raises:
+        ValueError: states were not finite in calibration.
+    """
+    for name, module in hooked(model).items():
+        seen = statistics.states[canonical_name(model, name)]
         if not torch.isfinite(seen.absmax).all():
             raise ValueError(f"{name}: keys, values or queries were not finite in calibration")
         shapes = attention.expected_states(module, *state_shape(module))
@@ -102,13 +119,14 @@ def finish_states(model: PreTrainedModel, config: ScaleSweepConfig) -> None:
     for module in modules.values():
         with align_module_device(module.get_submodule("o_proj")):
             attention.share_value_importance(module, state_shape(module)[0])
-    complete = all(
-        module._parameters["k_scale"] is not None and module._parameters["v_scale"] is not None
+    layers = frozenset(
+        int(module.layer_idx)  # type: ignore[arg-type]
         for module in modules.values()
+        if attention.codec(module, "keys") and attention.codec(module, "values")
     )
-    if modules and complete and config.packed_cache and model.can_generate():
-        method = types.MethodType(_prepare_packed_cache, model)
-        model._prepare_cache_for_generation = method
+    if layers and config.packed_cache and model.can_generate():
+        prepare = functools.partial(_prepare_packed_cache, model, layers)
+        model._prepare_cache_for_generation = prepare
 
 
 def unhook_states(model: PreTrainedModel) -> None:
@@ -120,6 +138,7 @@ def unhook_states(model: PreTrainedModel) -> None:
 
 def _prepare_packed_cache(
     model: Any,
+    layers: frozenset[int],
     generation_config: Any,
     model_kwargs: dict[str, Any],
     *args: Any,
@@ -131,5 +150,5 @@ def _prepare_packed_cache(
     result = prepare(model, generation_config, model_kwargs, *args, **kwargs)
     cache = model_kwargs.get("past_key_values")
     if given is None and isinstance(cache, Cache) and not cache.is_initialized:
-        pack_cache(cache)
+        pack_cache(cache, only=layers)
     return result

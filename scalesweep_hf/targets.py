@@ -1,6 +1,7 @@
 """Which Linears of a model are quantized, and which of them read the same input."""
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 
 from torch import nn
@@ -8,6 +9,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from scalesweep_hf.modules import NVFP4Linear
+from scalesweep_hf.modules.attention import STATE_TENSORS
 from scalesweep_hf.names import canonical_name, matches
 from scalesweep_hf.ops.sweep import BLOCK
 
@@ -173,14 +175,26 @@ def _why_not(module: nn.Module) -> str | None:
     if hasattr(module, "kv_b_proj") or hasattr(module, "kv_a_proj_with_mqa"):
         return "uses latent attention (MLA)"
     forward = inspect.unwrap(type(module).forward)
-    if "past_key_values" not in inspect.signature(forward).parameters:
+    parameters = set(inspect.signature(forward).parameters)
+    source = inspect.getsource(forward)
+    if "past_key_values" not in parameters:
         return "takes no past_key_values"
-    if "get_interface" not in inspect.getsource(forward):
+    if parameters & {"cross_attention_states", "key_value_states"}:
+        return "attends to other states than its own"
+    if "get_interface" not in source:
         return "does not look its attention function up in AttentionInterface"
+    if re.search(r"past_key_values\.(?!update\b)\w+", source):
+        return "uses its cache for more than storing keys and values"
+    if getattr(module, "is_kv_shared_layer", False):
+        return "shares the keys and values of another layer"
+    if taken := [name for name in STATE_TENSORS if hasattr(module, name)]:
+        return f"has a {taken[0]} of its own"
     if not isinstance(getattr(module, "o_proj", None), nn.Linear):
         return "has no o_proj"
     if not isinstance(getattr(module, "head_dim", None), int):
         return "has no head_dim"
+    if getattr(module, "v_head_dim", module.head_dim) != module.head_dim:
+        return "has values of another width than its keys"
     if module.head_dim % BLOCK:  # type: ignore[operator]
         return f"has head_dim {module.head_dim}, not a multiple of {BLOCK}"
     return None

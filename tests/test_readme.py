@@ -20,8 +20,8 @@ def test_every_snippet_runs_in_order(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    assert len(SNIPPETS) == 3
-    main, again, tensors = SNIPPETS
+    assert len(SNIPPETS) == 4
+    main, again, tensors, cache = SNIPPETS
     assert '"meta-llama/Llama-3.2-1B"' in main
     exec(main.replace("meta-llama/Llama-3.2-1B", str(random_model("llama"))), names)
     assert isinstance(names["model"].model.layers[0].mlp.up_proj, NVFP4Linear)
@@ -33,6 +33,7 @@ def test_every_snippet_runs_in_order(
     AutoModelForCausalLM.from_pretrained(trained_model, quantization_config=names["config"])
     exec(tensors, names)
     assert names["x"].shape == (4096, 4096)
+    exec(cache, names)
 
 
 def test_paths_that_the_readme_names_exist() -> None:

@@ -344,7 +344,6 @@ def test_damage_to_states_is_named(
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     name = f"model.layers.1.self_attn.{part}"
-    whole = tensors[name].clone()
     tensors[name].fill_(torch.nan)
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name} has \d+ scales that are NaN"):
@@ -353,7 +352,59 @@ def test_damage_to_states_is_named(
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name} is missing from the checkpoint"):
         load(tmp_path)
-    assert whole.isfinite().all()
+
+
+def test_layers_can_be_exempt_and_the_others_stay_packed(folders: Callable[[str], Path]) -> None:
+    model = quantize(folders("llama"), overrides={"layers.1.*": {"keys": None}})
+    cache = generate(model, INPUT, **GREEDY).past_key_values
+    assert [isinstance(layer, PackedLayer) for layer in cache.layers] == [True, False]
+    with pytest.raises(ValueError, match="layer 1 quantizes only one of keys and values"):
+        logits(model, past_key_values=NVFP4Cache(config=model.config))
+
+
+def test_a_cache_that_cannot_be_packed_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"has no layers yet: make it with config=model\.config"):
+        pack_cache(DynamicCache())
+    shape = {key: DECODER[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    hybrid = tf.FalconH1Config(**shape, num_attention_heads=4, num_key_value_heads=2)
+    with pytest.raises(ValueError, match="which cannot be packed"):
+        NVFP4Cache(config=hybrid)
+
+
+def test_a_reused_cache_takes_its_scales_anew(folders: Callable[[str], Path]) -> None:
+    cache = NVFP4Cache(config=load(folders("llama")).config)
+    states = torch.randn(1, 2, 4, 16)
+    cache.update(states, states, 0)
+    cache.reset()
+    keys, _ = cache.update(1000 * states, 1000 * states, 0)
+    assert ((keys / 1000 - states).norm() / states.norm()) < 0.2
+    with pytest.raises(ValueError, match=r"the first states have max\|x\| = inf"):
+        cache.update(states * torch.inf, states, 1)
+
+
+def test_a_pickled_model_computes_the_same(models: Callable[[str], Any], tmp_path: Path) -> None:
+    model = models("llama")
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(logits(again), logits(model))
+    assert isinstance(generate(again, INPUT, **GREEDY).past_key_values.layers[0], PackedLayer)
+
+
+def test_statistics_that_do_not_suit_are_refused_early(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "s.safetensors"
+    statistics = calibrate(load(folders("llama")), TOKENS)
+    statistics.save(path)
+    with pytest.raises(ValueError, match=r"make them with calibrate\(model, states=True\)"):
+        quantize(folders("llama"), dataset=None, statistics=path)
+    statistics = calibrate(load(folders("llama")), TOKENS, states=True)
+    seen = statistics.states["layers.0.self_attn"]
+    wide = seen.key_square.repeat(2, 1)
+    statistics.states["layers.0.self_attn"] = type(seen)(seen.absmax, wide, wide.clone())
+    statistics.save(path)
+    with pytest.raises(ValueError, match=r"are of \[4, 16\] heads and channels"):
+        quantize(folders("llama"), dataset=None, statistics=path)
 
 
 def refused(tmp_path: Path, model: Any) -> Any:
@@ -375,6 +426,14 @@ def test_models_whose_attention_cannot_be_hooked_say_why(tmp_path: Path) -> None
     )  # fmt: skip
     with pytest.raises(ValueError, match=r"uses latent attention \(MLA\)"):
         refused(tmp_path / "latent", tf.DeepseekV3Model(latent))
+    shared = tf.Gemma3nTextConfig(
+        **shape, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        num_kv_shared_layers=1, vocab_size_per_layer_input=256, hidden_size_per_layer_input=16,
+        layer_types=["full_attention", "full_attention"], activation_sparsity_pattern=[0.0, 0.0],
+        laurel_rank=8, altup_num_inputs=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="shares the keys and values of another layer"):
+        refused(tmp_path / "shared", tf.Gemma3nForCausalLM(shared))
     bert = tf.BertConfig(**shape, num_attention_heads=4, intermediate_size=96)
     with pytest.raises(ValueError, match=r"BertSelfAttention\) .*: use scheme 'WA'"):
         refused(tmp_path / "bert", tf.BertModel(bert))

@@ -85,7 +85,7 @@ def bytes_per_token(cache: Any, model: Any, length: int) -> float:
 
 def speed(kind: Any, model: Any, ids: Tensor, args: argparse.Namespace) -> float:
     """Return decoded tokens per second after a prompt, the median of several runs."""
-    results = []
+    results: list[float] = []
     for _ in range(args.repeats + 1):  # the first warms up
         cache = kind(config=model.config)
         fill(model, cache, ids[:, :-1])

@@ -51,6 +51,8 @@ class StateObservers:
         Raises:
             RuntimeError: keys or queries were never seen.
         """
+        if len(self.shape) != 4:
+            raise RuntimeError("no keys were observed: run the model before reading statistics")
         heads, head_dim = self.shape[1], self.shape[3]
         queries = self.square["queries"].value.reshape(heads, -1, head_dim)
         return StateStatistics(

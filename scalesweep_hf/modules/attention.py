@@ -6,7 +6,6 @@ attention function, so that every implementation, chosen now or later, gets quan
 """
 
 import functools
-import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from scalesweep_hf.ops.sweep import OBJECTIVES, Window
 
 STATES = {"keys": "k", "values": "v", "queries": "q"}
 PARAMETERS = ("q_scale", "k_scale", "v_scale", "q_importance", "k_importance")
+STATE_TENSORS = (*PARAMETERS, "v_importance")
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,14 @@ class CacheProxy:
             states.observer.observe("keys", keys)
             states.observer.observe("values", values)
         key_codec, value_codec = codec(self._module, "keys"), codec(self._module, "values")
-        if key_codec and value_codec and isinstance(self._layer(layer_idx), PackedLayer):
-            layer = self._layer(layer_idx)
-            layer.key_codec, layer.value_codec = key_codec, value_codec
+        layer = self._layer(layer_idx)
+        if isinstance(layer, PackedLayer) and states.observer is None:
+            if key_codec is None or value_codec is None:
+                raise ValueError(
+                    f"layer {layer_idx} quantizes only one of keys and values, but its cache packs "
+                    "both: use DynamicCache"
+                )
+            layer.use(key_codec, value_codec)
         else:
             keys = key_codec.round(keys) if key_codec else keys
             values = value_codec.round(values) if value_codec else values
@@ -108,14 +113,15 @@ def attach(module: nn.Module, recipe: StateRecipe) -> None:
         module.register_parameter(name, None)
     module.register_buffer("v_importance", None, persistent=False)
     # Casting a model must leave these float32, as it leaves packed Linears alone.
-    module._apply = types.MethodType(_apply_without_casting, module)  # type: ignore[method-assign]
+    # (A partial, unlike a bound method, can be pickled.)
+    module._apply = functools.partial(_apply_without_casting, module)  # type: ignore[method-assign]
 
 
 def detach(module: nn.Module) -> None:
     """Undo `attach`."""
     states: AttentionStates = module.nvfp4_states  # type: ignore[assignment]
     states.handle.remove()
-    for name in (*PARAMETERS, "v_importance", "nvfp4_states", "_apply"):
+    for name in (*STATE_TENSORS, "nvfp4_states", "_apply"):
         delattr(module, name)
 
 
@@ -177,17 +183,18 @@ def codec(module: nn.Module, kind: str) -> StateCodec | None:
 def quantize_queries_at_lookup() -> None:
     """Make Transformers' attention functions see quantized queries; safe to repeat.
 
-    Only modules that `attach` has hooked are affected, and the function that is looked up stays the
-    one that the model's ``_attn_implementation`` names.
+    This stays for the rest of the process. Only modules that `attach` has hooked are affected, and
+    the function that is looked up stays the one that the model's ``_attn_implementation`` names.
     """
     original = AttentionInterface.get_interface
-    if hasattr(original, "__wrapped__"):
+    if getattr(original, "quantizes_queries", False):
         return
 
     @functools.wraps(original)
     def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(_attend, original(self, name, default))
 
+    get_interface.quantizes_queries = True  # type: ignore[attr-defined]
     AttentionInterface.get_interface = get_interface
 
 

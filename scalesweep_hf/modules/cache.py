@@ -5,6 +5,7 @@ Appending, sliding, cropping, reordering and offloading are inherited; only `upd
 enters and unpacks what attention reads.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ class PackedLayer:
 
     key_codec: StateCodec | None = None
     value_codec: StateCodec | None = None
+    calibrated = False
+
+    def use(self, key_codec: StateCodec, value_codec: StateCodec) -> None:
+        """Take the calibrated codecs of the attention module that this layer serves."""
+        self.key_codec, self.value_codec, self.calibrated = key_codec, value_codec, True
+
+    def reset(self) -> None:
+        """Forget all states, and codecs that were made from them."""
+        super().reset()  # type: ignore[misc]
+        if not self.calibrated:
+            self.key_codec = self.value_codec = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocate for rows of bytes, whether given rows or, for early initialisation, states."""
@@ -45,7 +57,8 @@ class PackedLayer:
             Keys and values [B, H, all tokens, D], dequantized, in the dtypes given.
 
         Raises:
-            ValueError: D is not a multiple of 16.
+            ValueError: D is not a multiple of 16, or without calibrated codecs the first states are
+                not finite.
         """
         if self.key_codec is None or self.value_codec is None:
             self.key_codec = StateCodec.for_states(key_states)
@@ -85,23 +98,34 @@ PACKED: dict[type, type] = {
 }
 
 
-def pack_cache(cache: Cache) -> Cache:
-    """Make an empty cache store packed NVFP4 from now on, in place; layers of other kinds stay.
+def pack_cache(cache: Cache, only: Collection[int] | None = None) -> Cache:
+    """Make an empty cache store packed NVFP4 from now on, in place.
 
-    Layers keep their place and settings. Without an attention module that
-    brings calibrated codecs, each layer takes its tensor scales from the first states it sees.
+    Layers without keys (linear attention) stay. Layers keep their place and settings. Without an
+    attention module that brings calibrated codecs, each layer takes its tensor scales from the
+    first states it sees.
 
     Args:
         cache: empty, made with a config (so that its layers exist).
+        only: indices of the layers to pack, of those that can be; None means all.
 
     Returns:
         The same cache.
 
     Raises:
-        ValueError: a layer already holds states.
+        ValueError: there are no layers yet, one already holds states, or one that is to be packed
+            is of a kind that cannot.
     """
+    if not cache.layers:
+        raise ValueError("the cache has no layers yet: make it with config=model.config")
     for index, layer in enumerate(cache.layers):
         if type(layer) not in PACKED:
+            if only is None and hasattr(layer, "keys") and not isinstance(layer, PackedLayer):
+                raise ValueError(
+                    f"layer {index} is a {type(layer).__name__}, which cannot be packed"
+                )
+            continue
+        if only is not None and index not in only:
             continue
         if layer.is_initialized:
             raise ValueError("the cache already holds states: pack it before its first use")

@@ -42,8 +42,16 @@ class StateCodec:
 
     @classmethod
     def for_states(cls, x: Tensor, objective: str = "mse") -> "StateCodec":
-        """Make a codec without calibration from the first states [B, H, T, D] that it will see."""
+        """Make a codec without calibration from the first states [B, H, T, D] that it will see.
+
+        Raises:
+            ValueError: a state is NaN or infinite (not looked at while compiling).
+        """
         amax = x.detach().abs().amax() if x.numel() else x.new_ones(())
+        if not torch.compiler.is_compiling() and not torch.isfinite(amax):
+            raise ValueError(
+                f"the first states have max|x| = {amax.item()}, from which no scale follows"
+            )
         return cls(compute_tensor_scale(amax * UNCALIBRATED_HEADROOM, objective), objective)
 
     def round(self, x: Tensor) -> Tensor:
@@ -105,7 +113,9 @@ class StateCodec:
         """Return importance as [H D], with key-value heads repeated for the queries they serve."""
         if self.importance is None:
             return None
-        groups = x.shape[1] // self.importance.shape[0]
+        groups, rest = divmod(x.shape[1], self.importance.shape[0])
+        assert groups
+        assert rest == 0
         return self.importance.to(x.device).repeat_interleave(groups, dim=0).flatten()
 
 
