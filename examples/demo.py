@@ -107,8 +107,11 @@ def evaluation_tokens(args: argparse.Namespace, folder: str, reference: Any) -> 
 def comparison(models: dict[str, Any], reference: Any, tokens: Tensor) -> Table:
     """Measure every model and lay the figures out."""
     fidelity = measure_fidelity(models, reference, tokens)
-    table = Table(title=f"NVFP4, {tokens.shape[0]} x {tokens.shape[1]} held-out tokens")
-    columns = ("", "weight NMSE", "KL to bf16", "perplexity", "Linears MB", "cache B/token")
+    table = Table(
+        title=f"NVFP4, {tokens.shape[0]} x {tokens.shape[1]} held-out tokens",
+        caption="NMSE: relative squared error of the weights. KL: nats per token from bfloat16.",
+    )
+    columns = ("", "NMSE", "KL", "perplexity", "Linear MB", "cache B/tok")
     for column in columns:
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     linears = [

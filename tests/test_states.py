@@ -377,7 +377,8 @@ def test_a_reused_cache_takes_its_scales_anew(folders: Callable[[str], Path]) ->
     cache.update(states, states, 0)
     cache.reset()
     keys, _ = cache.update(1000 * states, 1000 * states, 0)
-    assert ((keys / 1000 - states).norm() / states.norm()) < 0.2
+    latest = keys[:, :, -4:]  # Transformers 5.17 keeps zeros in place of what it resets
+    assert ((latest / 1000 - states).norm() / states.norm()) < 0.2
     with pytest.raises(ValueError, match=r"the first states have max\|x\| = inf"):
         cache.update(states * torch.inf, states, 1)
 
