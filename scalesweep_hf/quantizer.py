@@ -6,18 +6,13 @@ read. Calibrated: load, run calibration text, then quantize module by module.
 
 import copy
 import functools
-import gc
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import dispatch_model
-from accelerate.hooks import remove_hook_from_submodules
 from accelerate.utils import align_module_device
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer
@@ -29,13 +24,9 @@ from scalesweep_hf.calibration import Statistics
 from scalesweep_hf.calibration.data import check_source
 from scalesweep_hf.checkpoint import check_arrived, check_files, check_scales
 from scalesweep_hf.config import METHOD, ScaleSweepConfig
-from scalesweep_hf.modules.linear import (
-    LinearRecipe,
-    NVFP4Linear,
-    quantize_group,
-    share_input_importance,
-)
+from scalesweep_hf.modules import LinearRecipe, NVFP4Linear
 from scalesweep_hf.names import canonical_name, matches
+from scalesweep_hf.packing import GroupPacker
 from scalesweep_hf.states import (
     check_state_statistics,
     check_states,
@@ -69,9 +60,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: ScaleSweepConfig, **kwargs: Any) -> None:
         """Keep a copy of the config, which loading completes; the caller's stays as it is."""
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        self.statistics: Statistics | None = None
-        self.groups: list[list[str]] = []
-        self._waiting: dict[str, Tensor] = {}
+        self.packer = GroupPacker()
 
     @property
     def on_the_fly(self) -> bool:
@@ -99,7 +88,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         if config.statistics is not None:
             if not Path(config.statistics).is_file():
                 raise FileNotFoundError(f"statistics {config.statistics!r} does not exist")
-            self.statistics = Statistics.load(config.statistics)
+            self.packer.statistics = Statistics.load(config.statistics)
         data = config.dataset
         if isinstance(data, str) and data != "self" and config.needs_calibration:
             check_source(data)
@@ -151,15 +140,15 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 module.allocate_packed(keep_weight=True)
         self._group(model)
         hook_states(model, config, placeholders=self.pre_quantized)
-        if self.statistics is not None:
-            check_state_statistics(model, self.statistics)
+        if self.packer.statistics is not None:
+            check_state_statistics(model, self.packer.statistics)
 
     def _check_statistics(self, model: PreTrainedModel, names: Sequence[str]) -> None:
-        if self.statistics is None:
+        if self.packer.statistics is None:
             return
         path = self.quantization_config.statistics
         for name in names:
-            seen = self.statistics.get(canonical_name(model, name))
+            seen = self.packer.statistics.get(canonical_name(model, name))
             if seen is None:
                 raise ValueError(
                     f"{path} has no statistics of {canonical_name(model, name)}: calibrate this "
@@ -191,10 +180,10 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             grouped = {name for group in shared for name in group}
             groups = [*filter(None, shared), *([name] for name in names if name not in grouped)]
         else:
-            seen = None if self.statistics is None else self.statistics.shared_inputs
+            seen = None if self.packer.statistics is None else self.packer.statistics.shared_inputs
             groups = group_by_input(names, seen)
             config.shared_inputs = [group for group in groups if len(group) > 1]
-        self.groups = [[names[name] for name in group] for group in groups]
+        self.packer.groups = [[names[name] for name in group] for group in groups]
 
     # While loading
 
@@ -216,46 +205,6 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return the operation that turns a weight into packed tensors."""
         return QuantizeOnTheFly(self)
 
-    def quantize_as_read(
-        self, model: PreTrainedModel, name: str, weight: Tensor
-    ) -> dict[str, Tensor]:
-        """Quantize a weight once all weights of its group are there; until then, keep it.
-
-        Returns:
-            Packed parameters by full name, of the whole group; empty while the group is incomplete.
-        """
-        self._waiting[name] = weight
-        group = next(group for group in self.groups if name in group)
-        if not all(member in self._waiting for member in group):
-            return {}
-        modules = [model.get_submodule(member) for member in group]
-        weights = [self._waiting.pop(member) for member in group]
-        packed = self._quantize_group(model, group, modules, weights)
-        return {
-            f"{member}.{part}": nn.Parameter(tensor, requires_grad=False)
-            for member, tensors in zip(group, packed, strict=True)
-            for part, tensor in tensors.items()
-        }
-
-    def _quantize_group(
-        self,
-        model: PreTrainedModel,
-        group: Sequence[str],
-        modules: Sequence[NVFP4Linear],
-        weights: Sequence[Tensor],
-    ) -> list[dict[str, Tensor]]:
-        name = canonical_name(model, group[0])
-        seen = None if self.statistics is None else self.statistics[name]
-        try:
-            return quantize_group(
-                modules,
-                weights,
-                input_absmax=None if seen is None else seen.absmax,
-                input_square=None if seen is None else seen.square,
-            )
-        except ValueError as error:
-            raise ValueError(f"{', '.join(group)}: {error}") from error
-
     # After loading
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -276,15 +225,16 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 if config.needs_calibration:
                     self._calibrate(model)
                 self._group(model)
-                self._quantize_remaining(model)
-                if self.statistics is not None:
-                    fill_states(model, self.statistics)
+                self.packer.pack_remaining(model)
+                statistics = self.packer.statistics
+                if statistics is not None:
+                    fill_states(model, statistics)
+                    config.calibration = statistics.provenance
                 config.version = __version__
-                config.calibration = None if self.statistics is None else self.statistics.provenance
             if self.pre_quantized and config.dequantize:
                 self._dequantize(model)
                 return
-            self._share_input_importance(model)
+            self.packer.share_importance(model)
             finish_states(model, config)
         model.add_model_tags(["nvfp4", METHOD])
 
@@ -309,7 +259,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def _calibrate(self, model: PreTrainedModel) -> None:
         config = self.quantization_config
         assert config.dataset is not None
-        self.statistics = run(
+        self.packer.statistics = run(
             model,
             config.dataset,
             list(linears(model)),
@@ -318,39 +268,6 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             seed=config.seed,
             batch_size=config.batch_size,
         )
-
-    def _quantize_remaining(self, model: PreTrainedModel) -> None:
-        """Quantize, group by group, what was not quantized as it was read."""
-        modules = linears(model)
-        groups = [g for g in self.groups if not all(modules[name].is_packed for name in g)]
-        if not groups:
-            return
-        device_map = getattr(model, "hf_device_map", None)
-        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        if hooked:  # offloaded weights come back to the CPU
-            remove_hook_from_submodules(model)
-        for group in tqdm(groups, desc="Quantizing", unit="group", disable=None):
-            weights = [self._waiting.pop(name, modules[name].weight) for name in group]
-            members = [modules[name] for name in group]
-            for module, tensors in zip(
-                members, self._quantize_group(model, group, members, weights), strict=True
-            ):
-                module.set_packed(tensors)
-            del weights
-        if hooked:
-            dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
-
-    def _share_input_importance(self, model: PreTrainedModel) -> None:
-        modules = linears(model)
-        for group in self.groups:
-            members = [modules[name] for name in group]
-            with ExitStack() as stack:
-                for module in members:
-                    stack.enter_context(align_module_device(module))
-                share_input_importance(members)
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None
@@ -398,9 +315,8 @@ class QuantizeOnTheFly(ConversionOps):  # type: ignore[misc]
         assert full_layer_name is not None
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        return self.hf_quantizer.quantize_as_read(
-            model, full_layer_name.removesuffix(".weight"), weight
-        )
+        name = full_layer_name.removesuffix(".weight")
+        return self.hf_quantizer.packer.pack_as_read(model, name, weight)
 
 
 def register() -> None:
