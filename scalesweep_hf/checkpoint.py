@@ -2,24 +2,26 @@
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 
 from scalesweep_hf.modules.linear import SCALES, NVFP4Linear
+from scalesweep_hf.names import canonical_name
 
 DTYPES = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"}
 
 
-def check_files(files: Iterable[str], quantized: Iterable[str], prefix: str) -> None:
+def check_files(files: Iterable[str], quantized: Iterable[str], model: nn.Module) -> None:
     """Check the headers of safetensors files against the modules listed in config.json.
 
     Args:
         files: paths of all shards.
         quantized: module names without the base model's prefix.
-        prefix: the base model's prefix, with which the files may spell the names.
+        model: that is being loaded; files may spell names with its base model's prefix.
 
     Raises:
         ValueError: names the first tensor that is cut off, missing, not announced or of a wrong
@@ -28,7 +30,7 @@ def check_files(files: Iterable[str], quantized: Iterable[str], prefix: str) -> 
     stored: dict[str, str] = {}
     for file in files:
         for name, kind in read_header(Path(file)).items():
-            stored[name.removeprefix(f"{prefix}.") if prefix else name] = kind
+            stored[canonical_name(model, name)] = kind
     listed = set(quantized)
     packed = {
         name.removesuffix(".weight_scale") for name in stored if name.endswith(".weight_scale")
@@ -84,6 +86,25 @@ def read_header(path: Path) -> dict[str, str]:
     return {name: entry["dtype"] for name, entry in header.items()}
 
 
+def accept_loaded(name: str, module: nn.Module, scales: Sequence[str] = SCALES) -> None:
+    """Check a module that Transformers has loaded, and freeze its scales.
+
+    Args:
+        name: of the module, for the errors.
+        module: may be offloaded.
+        scales: names of its parameters that are scales or importances.
+
+    Raises:
+        ValueError: names a tensor that is missing, of a wrong shape or damaged.
+    """
+    check_arrived(name, module)
+    with align_module_device(module):
+        check_scales(name, module, scales)
+    for part in scales:
+        if (parameter := getattr(module, part)) is not None:
+            parameter.requires_grad_(False)
+
+
 def check_arrived(name: str, module: nn.Module) -> None:
     """Raise ValueError, naming the tensor, unless loading filled every parameter of a module.
 
@@ -104,7 +125,7 @@ def check_arrived(name: str, module: nn.Module) -> None:
             )
 
 
-def check_scales(name: str, module: nn.Module, parts: Iterable[str] = SCALES) -> None:
+def check_scales(name: str, module: nn.Module, parts: Iterable[str]) -> None:
     """Raise ValueError, naming the tensor, unless all scales are finite and positive.
 
     Args:
@@ -117,8 +138,8 @@ def check_scales(name: str, module: nn.Module, parts: Iterable[str] = SCALES) ->
         if scale is None:
             continue
         value = scale.to(torch.float32)
-        smallest = 0.0 if part.endswith("importance") else torch.finfo(torch.float32).tiny * 2**-23
-        bad = ~(torch.isfinite(value) & (value >= smallest))
+        allowed = value >= 0 if part.endswith("importance") else value > 0
+        bad = ~(torch.isfinite(value) & allowed)
         if bad.any():
             raise ValueError(
                 f"tensor {name}.{part} has {int(bad.sum())} scales that are NaN, infinite or not "

@@ -20,7 +20,6 @@ METHOD = "scalesweep"
 # Tensor kinds, and the letter that stands for each in a scheme.
 LETTERS = {"weights": "W", "activations": "A", "keys": "K", "values": "V", "queries": "Q"}
 KINDS = tuple(LETTERS)
-STATES = ("keys", "values", "queries")
 SCHEMES = ("W", "WA", "WAKV", "WAKVQ")
 # Announced in the documentation, refused until they exist.
 PLANNED = {

@@ -1,9 +1,11 @@
-"""How modules and calibration data are named in checkpoints, statistics and patterns."""
+"""How modules, states and calibration data are named in checkpoints, statistics and patterns."""
 
 import fnmatch
 from pathlib import Path
 from typing import Any
 
+# What attention computes with, after RoPE.
+STATES = ("keys", "values", "queries")
 # Suffixes of local files that calibration reads, and the `datasets` reader of each.
 READERS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet"}
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from scalesweep_hf.calibration import Statistics
-from scalesweep_hf.modules.linear import NVFP4Linear, quantize_group, share_input_importance
+from scalesweep_hf.modules.linear import quantize_group, share_input_importance
 from scalesweep_hf.names import canonical_name
 from scalesweep_hf.targets import linears
 
@@ -42,9 +42,8 @@ class GroupPacker:
         group = next(group for group in self.groups if name in group)
         if not all(member in self._waiting for member in group):
             return {}
-        modules = [model.get_submodule(member) for member in group]
         weights = [self._waiting.pop(member) for member in group]
-        packed = self._quantize(model, group, modules, weights)
+        packed = self._quantize(model, group, weights)
         return {
             f"{member}.{part}": nn.Parameter(tensor, requires_grad=False)
             for member, tensors in zip(group, packed, strict=True)
@@ -63,11 +62,8 @@ class GroupPacker:
             remove_hook_from_submodules(model)
         for group in tqdm(groups, desc="Quantizing", unit="group", disable=None):
             weights = [self._waiting.pop(name, modules[name].weight) for name in group]
-            members = [modules[name] for name in group]
-            for module, tensors in zip(
-                members, self._quantize(model, group, members, weights), strict=True
-            ):
-                module.set_packed(tensors)
+            for name, tensors in zip(group, self._quantize(model, group, weights), strict=True):
+                modules[name].set_packed(tensors)
             del weights
         if hooked:
             dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
@@ -86,17 +82,13 @@ class GroupPacker:
                 share_input_importance(members)
 
     def _quantize(
-        self,
-        model: PreTrainedModel,
-        group: Sequence[str],
-        modules: Sequence[NVFP4Linear],
-        weights: Sequence[Tensor],
+        self, model: PreTrainedModel, group: Sequence[str], weights: Sequence[Tensor]
     ) -> list[dict[str, Tensor]]:
         name = canonical_name(model, group[0])
         seen = None if self.statistics is None else self.statistics[name]
         try:
             return quantize_group(
-                modules,
+                [model.get_submodule(member) for member in group],
                 weights,
                 input_absmax=None if seen is None else seen.absmax,
                 input_square=None if seen is None else seen.square,

@@ -22,14 +22,14 @@ from transformers.utils import logging
 
 from scalesweep_hf.calibration import Statistics
 from scalesweep_hf.calibration.data import check_source
-from scalesweep_hf.checkpoint import check_arrived, check_files, check_scales
+from scalesweep_hf.checkpoint import accept_loaded, check_files
 from scalesweep_hf.config import METHOD, ScaleSweepConfig
 from scalesweep_hf.modules import LinearRecipe, NVFP4Linear
 from scalesweep_hf.names import canonical_name, matches
 from scalesweep_hf.packing import GroupPacker
 from scalesweep_hf.states import (
+    accept_states,
     check_state_statistics,
-    check_states,
     fill_states,
     finish_states,
     hook_states,
@@ -85,7 +85,8 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(
                 "dequantize=True is for loading a quantized checkpoint; this one is not: drop it"
             )
-        if config.statistics is not None:
+        # (Transformers asks again once "auto" has become a map: the file is read once.)
+        if config.statistics is not None and self.packer.statistics is None:
             if not Path(config.statistics).is_file():
                 raise FileNotFoundError(f"statistics {config.statistics!r} does not exist")
             self.packer.statistics = Statistics.load(config.statistics)
@@ -119,7 +120,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             if checkpoint_files and all(
                 Path(file).suffix == ".safetensors" for file in checkpoint_files
             ):
-                check_files(checkpoint_files, recorded, model.base_model_prefix)
+                check_files(checkpoint_files, recorded, model)
             names = find_modules(model, recorded)
         else:
             names = select_linears(model, config.modules_to_not_convert)
@@ -212,14 +213,8 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         with torch.no_grad():
             if self.pre_quantized:
                 for name, module in linears(model).items():
-                    check_arrived(name, module)
-                    with align_module_device(module):
-                        check_scales(name, module)
-                    for parameter in module.parameters(recurse=False):
-                        parameter.requires_grad_(
-                            parameter.requires_grad and parameter is module.bias
-                        )
-                check_states(model)
+                    accept_loaded(name, module)
+                accept_states(model)
             else:
                 self._swap_tied_head(model)
                 if config.needs_calibration:

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from scalesweep_hf.calibration import Statistics
-from scalesweep_hf.calibration.states import KINDS, StateStatistics
-from scalesweep_hf.checkpoint import check_arrived, check_scales
-from scalesweep_hf.config import LETTERS, STATES, ScaleSweepConfig
+from scalesweep_hf.calibration.states import StateStatistics
+from scalesweep_hf.checkpoint import accept_loaded
+from scalesweep_hf.config import LETTERS, ScaleSweepConfig
 from scalesweep_hf.modules import attention
 from scalesweep_hf.modules.cache import pack_cache
-from scalesweep_hf.names import canonical_name, matches
+from scalesweep_hf.names import STATES, canonical_name, matches
 from scalesweep_hf.ops.nvfp4 import compute_tensor_scale
 from scalesweep_hf.targets import find_attention, state_shape
 
@@ -96,21 +96,16 @@ def _tensors(module: nn.Module, seen: StateStatistics) -> dict[str, Tensor]:
     """Return every parameter that a recipe may need: queries weigh keys, keys weigh queries."""
     recipe = module.nvfp4_states.recipe  # type: ignore[union-attr]
     tensors = {"k_importance": seen.query_square, "q_importance": seen.key_square}
-    for kind, amax in zip(KINDS, seen.absmax, strict=True):
+    for kind, amax in zip(STATES, seen.absmax, strict=True):
         if (objective := getattr(recipe, kind)) is not None:
             tensors[f"{attention.STATES[kind]}_scale"] = compute_tensor_scale(amax, objective)
     return tensors
 
 
-def check_states(model: PreTrainedModel) -> None:
-    """Raise ValueError, naming the tensor, unless all scales of states arrived and are sound."""
+def accept_states(model: PreTrainedModel) -> None:
+    """Check what was loaded of all hooked modules, as `accept_loaded`."""
     for name, module in hooked(model).items():
-        check_arrived(name, module)
-        with align_module_device(module):
-            check_scales(name, module, attention.PARAMETERS)
-        for part in attention.PARAMETERS:
-            if (parameter := module._parameters[part]) is not None:
-                parameter.requires_grad_(False)
+        accept_loaded(name, module, attention.PARAMETERS)
 
 
 def finish_states(model: PreTrainedModel, config: ScaleSweepConfig) -> None:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scalesweep_hf.calibration.observers import AbsMax, ChannelSquare
-
-KINDS = ("keys", "values", "queries")
+from scalesweep_hf.names import STATES
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class StateObservers:
 
     def __init__(self) -> None:
         """Start with nothing seen."""
-        self.absmax = {kind: AbsMax() for kind in KINDS}
-        self.square = {kind: ChannelSquare() for kind in KINDS}
+        self.absmax = {kind: AbsMax() for kind in STATES}
+        self.square = {kind: ChannelSquare() for kind in STATES}
         self.shape = torch.Size()
 
     def observe(self, kind: str, states: Tensor) -> None:
@@ -56,7 +55,7 @@ class StateObservers:
         heads, head_dim = self.shape[1], self.shape[3]
         queries = self.square["queries"].value.reshape(heads, -1, head_dim)
         return StateStatistics(
-            absmax=torch.stack([self.absmax[kind].value for kind in KINDS]),
+            absmax=torch.stack([self.absmax[kind].value for kind in STATES]),
             key_square=self.square["keys"].value.reshape(heads, head_dim),
             query_square=queries.sum(1),
         )

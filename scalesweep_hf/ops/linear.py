@@ -61,14 +61,11 @@ def quantized_linear(
 
 
 def _matmul(x: Tensor, weight: NVFP4Tensor) -> Tensor:
-    """Return x (codes * block_scale)^T in float32, [..., N], decoding as much as fits in a cut."""
+    """Return x (codes * block_scale)^T in float32, [..., N], decoding a part of W at a time."""
     rows = x.reshape(-1, x.shape[-1])  # [T, K]
-    size = max(DECODED // weight.shape[-1], 1)
     parts = []
-    for start in range(0, weight.shape[0], size):
-        part = slice(start, start + size)
-        cut = NVFP4Tensor(weight.packed[part], weight.block_scale[part], weight.tensor_scale)
-        w = cut.values(x.dtype)  # [n, K]
+    for _, chunk in weight.row_chunks(DECODED):
+        w = chunk.values(x.dtype)  # [n, K]
         if rows.device.type == "cuda" and rows.dtype != torch.float32:
             parts.append(torch.mm(rows, w.T, out_dtype=torch.float32))
         else:

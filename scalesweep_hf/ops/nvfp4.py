@@ -45,11 +45,16 @@ class NVFP4Tensor:
         """Bytes of all three parts."""
         return self.packed.nbytes + self.block_scale.nbytes + self.tensor_scale.nbytes
 
-    def row_chunks(self) -> Iterator[tuple[slice, "NVFP4Tensor"]]:
-        """Yield which rows of [R, K], and those rows, a chunk at a time."""
+    def row_chunks(self, size: int | None = None) -> Iterator[tuple[slice, "NVFP4Tensor"]]:
+        """Yield which rows of [R, K], and those rows, about size elements at a time.
+
+        Args:
+            size: elements; None takes what a sweep takes at a time.
+        """
         packed = self.packed.reshape(-1, self.packed.shape[-1])
         scale = self.block_scale.reshape(-1, self.block_scale.shape[-1])
-        for part in _row_slices(packed.shape[0], self.shape[-1], packed.device):
+        size = size or _chunk_size(packed.device)
+        for part in _row_slices(packed.shape[0], self.shape[-1], size):
             yield part, NVFP4Tensor(packed[part], scale[part], self.tensor_scale)
 
     def values(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -240,7 +245,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Yield chunks of rows: which they are, x / S in blocks [r, G, 16] float32, importance."""
     rows = x.reshape(-1, x.shape[-1])  # [R, K]
-    for part in _row_slices(rows.shape[0], x.shape[-1], x.device):
+    for part in _row_slices(rows.shape[0], x.shape[-1], _chunk_size(x.device)):
         scaled = (rows[part].to(torch.float32) / tensor_scale).clamp(-FAR, FAR)
         weight = importance
         if weight is not None:
@@ -248,10 +253,14 @@ def _chunks(
         yield part, scaled.unflatten(-1, (-1, BLOCK)), weight
 
 
-def _row_slices(rows: int, width: int, device: torch.device) -> Iterator[slice]:
-    size = max((CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE) // width, 1)
-    for start in range(0, max(rows, 1), size):
-        yield slice(start, start + size)
+def _chunk_size(device: torch.device) -> int:
+    return CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE
+
+
+def _row_slices(rows: int, width: int, size: int) -> Iterator[slice]:
+    step = max(size // width, 1)
+    for start in range(0, max(rows, 1), step):
+        yield slice(start, start + step)
 
 
 def _check_blocks(x: Tensor) -> None:
