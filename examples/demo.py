@@ -27,7 +27,7 @@ from scalesweep_hf import NVFP4Linear, ScaleSweepConfig
 from scalesweep_hf.calibration import calibration_tokens
 from scalesweep_hf.config import SCHEMES
 from scalesweep_hf.evaluate import measure_fidelity, weight_error
-from scalesweep_hf.ops.sweep import OBJECTIVES
+from scalesweep_hf.ops.objectives import OBJECTIVES
 
 TINY_MODEL = Path(__file__).parents[1] / ".build" / "tiny-llama"
 MB = 1e6

@@ -13,20 +13,17 @@ from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from scalesweep_hf.names import source_name
-from scalesweep_hf.ops.nvfp4 import check_objective
-from scalesweep_hf.ops.sweep import OBJECTIVES, Window, check_window
+from scalesweep_hf.ops.objectives import OBJECTIVES, RUNTIME_OBJECTIVES, check_objective
+from scalesweep_hf.ops.sweep import Window, check_window
 
 METHOD = "scalesweep"
 # Tensor kinds, and the letter that stands for each in a scheme.
 LETTERS = {"weights": "W", "activations": "A", "keys": "K", "values": "V", "queries": "Q"}
 KINDS = tuple(LETTERS)
+ALGORITHMS = ("rtn", "gptq", "gptq-plus")
 SCHEMES = ("W", "WA", "WAKV", "WAKVQ")
 # Announced in the documentation, refused until they exist.
-PLANNED = {
-    "objective": ("hessian",),
-    "algorithm": ("gptq",),
-    "backend": ("triton",),
-}
+PLANNED = {"backend": ("triton",)}
 # What a saved checkpoint adds to a user's choices.
 RESOLVED = ("quantized_modules", "shared_inputs", "calibration", "version")
 
@@ -38,8 +35,27 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scheme: "W" quantizes weights; "WA" weights and the inputs of the same Linears; "WAKV" also
             keys and values, after RoPE, once, when they enter the cache; "WAKVQ" also queries.
         objective: what chooses every block scale: "absmax" (max -> 6), "four_over_six" (max -> 6 or
-            4), "mse" (least squared error), "wmse" (least importance-weighted squared error).
-        algorithm: "rtn" rounds weights to nearest.
+            4), "mse" (least squared error), "wmse" (least importance-weighted squared error),
+            "hessian" (least output error, channels of a block coupled; for weights: activations,
+            keys, values and queries are then swept by "wmse").
+        algorithm: "rtn" rounds weights to nearest; "gptq" rounds them column by column, each for
+            what the others lost, against the inputs that the already quantized model makes;
+            "gptq-plus" also sweeps the scales of weights on the way (objective then says how
+            everything else is swept), looks at every code twice and moves the target towards the
+            full-precision model's output.
+        gptq_damping: added to the diagonal of a Hessian, in units of its mean, > 0 and <= 1; raised
+            tenfold where a Hessian is not positive definite.
+        gptq_dtype: "float32" or "float64", of Hessians and GPTQ's linear algebra.
+        pipeline: how a model is calibrated: "block" keeps the statistics of one block at a time and
+            quantizes it before the next one sees its output; "model" runs the whole
+            full-precision model; "auto" is "block" for "gptq" where the model allows it, else
+            "model".
+        propagate_quantized: whether, block by block, a block sees the quantized output of those
+            before it; False: their full-precision output.
+        offload_hidden_states: whether, block by block, the hidden states between blocks (rows x
+            length x hidden size) are kept in CPU memory instead of on the device.
+        resume_dir: folder for finished blocks; a second start with the same recipe goes on after
+            the last of them and gives the same bytes. It may be deleted once the model is saved.
         window: of the sweep: "bounded", "exact" or E4M3 code offsets (low, high); see
             `sweep_scales`.
         overrides: other objectives by tensor kind, ``{"activations": "mse"}``, or by module name
@@ -77,6 +93,12 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scheme: str = "WA",
         objective: str = "wmse",
         algorithm: str = "rtn",
+        gptq_damping: float = 0.01,
+        gptq_dtype: str = "float32",
+        pipeline: str = "auto",
+        propagate_quantized: bool = True,
+        offload_hidden_states: bool = False,
+        resume_dir: str | os.PathLike[str] | None = None,
         window: Window | list[int] = "bounded",
         overrides: Mapping[str, Any] | None = None,
         dataset: str | Sequence[str] | Tensor | None = "self",
@@ -96,6 +118,12 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.scheme = scheme
         self.objective = objective
         self.algorithm = algorithm
+        self.gptq_damping = gptq_damping
+        self.gptq_dtype = gptq_dtype
+        self.pipeline = pipeline
+        self.propagate_quantized = propagate_quantized
+        self.offload_hidden_states = offload_hidden_states
+        self.resume_dir = None if resume_dir is None else os.fspath(resume_dir)
         self.window: Window = tuple(window) if isinstance(window, list) else window  # type: ignore[assignment]
         if overrides is not None and not isinstance(overrides, Mapping):
             raise ValueError(f"overrides is {overrides!r}; expected a mapping to objectives")
@@ -136,11 +164,18 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Raise ValueError, with the value and the remedy, for the first field that is wrong."""
         _check_choice("scheme", self.scheme, SCHEMES)
         _check_choice("objective", self.objective, tuple(OBJECTIVES))
-        _check_choice("algorithm", self.algorithm, ("rtn",))
+        _check_choice("algorithm", self.algorithm, ALGORITHMS)
+        _check_choice("gptq_dtype", self.gptq_dtype, ("float32", "float64"))
+        _check_choice("pipeline", self.pipeline, ("auto", "block", "model"))
         _check_choice("backend", self.backend, ("auto", "torch"))
         if self.window not in ("bounded", "exact"):
             check_window(self.window)
-        for name in ("dequantize", "packed_cache"):
+        if type(self.gptq_damping) not in (int, float) or not 0 < self.gptq_damping <= 1:
+            raise ValueError(f"gptq_damping is {self.gptq_damping!r}; it must be > 0 and <= 1")
+        for name in (
+            *("dequantize", "packed_cache"),
+            *("propagate_quantized", "offload_hidden_states"),
+        ):
             if type(getattr(self, name)) is not bool:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; use True or False")
         for name in ("num_samples", "sequence_length", "batch_size"):
@@ -153,6 +188,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         _check_names("modules_to_not_convert", self.modules_to_not_convert)
         self._check_overrides()
         self._check_dataset()
+        self._check_pipeline()
 
     def _check_overrides(self) -> None:
         for key, value in self.overrides.items():
@@ -175,6 +211,11 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if not isinstance(objective, str):
             raise ValueError(f"{field} is {objective!r}; use one of {', '.join(OBJECTIVES)}")
         check_objective(objective)
+        if kind != "weights" and objective not in RUNTIME_OBJECTIVES:
+            raise ValueError(
+                f"{field} is {objective!r} for {kind}; it is for weights: use one of "
+                f"{', '.join(RUNTIME_OBJECTIVES)}"
+            )
         if LETTERS[kind] not in self.scheme:
             wider = next(scheme for scheme in SCHEMES if LETTERS[kind] in scheme)
             raise ValueError(
@@ -198,6 +239,31 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "dataset is None: use dataset='self', or scheme 'W' with objective 'mse'"
             )
 
+    def _check_pipeline(self) -> None:
+        if self.uses_hessians and self.statistics is not None:
+            raise ValueError(
+                f"algorithm {self.algorithm!r} needs whole Hessians, which statistics do not hold: "
+                "drop statistics and pass dataset"
+            )
+        if self.algorithm == "gptq-plus" and not self.propagate_quantized:
+            raise ValueError(
+                "propagate_quantized is False, but algorithm 'gptq-plus' quantizes in order: drop "
+                "it, or use algorithm 'gptq'"
+            )
+        if self.quantized_modules is not None or self.block_by_block:
+            return
+        fields = {"resume_dir": None, "offload_hidden_states": False, "propagate_quantized": True}
+        if self.pipeline == "block":
+            raise ValueError(
+                "pipeline is 'block', but nothing is calibrated: drop it, or drop statistics"
+            )
+        for name, default in fields.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but nothing is quantized block by block: "
+                    "drop it, or use algorithm 'gptq' or pipeline 'block'"
+                )
+
     def objective_for(self, kind: str, applies: Callable[[str], bool]) -> str | None:
         """Return the objective of one tensor kind in one module, overrides applied.
 
@@ -215,6 +281,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
             if applies(pattern):
                 value = self.overrides[pattern]
                 chosen = value.get(kind, chosen) if isinstance(value, Mapping) else value
+        if chosen is not None and kind != "weights" and chosen not in RUNTIME_OBJECTIVES:
+            return "wmse"
         return chosen
 
     @property
@@ -228,9 +296,33 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if self.statistics is not None:
             return False
         runtime = [kind for kind in KINDS if kind != "weights" and LETTERS[kind] in self.scheme]
-        if any(self._possible(kind) != {None} for kind in runtime):
+        if self.uses_hessians or any(self._possible(kind) != {None} for kind in runtime):
             return True
-        return any(OBJECTIVES[name].weighted for name in self._possible("weights") if name)
+        weights = [OBJECTIVES[name] for name in self._possible("weights") if name]
+        return any(objective.weighted or objective.coupled for objective in weights)
+
+    @property
+    def needs_local_hessian(self) -> bool:
+        """Whether some weights are swept by the couplings inside blocks."""
+        if self.algorithm == "gptq-plus":  # sweeps them by the whole Hessian
+            return False
+        return any(OBJECTIVES[name].coupled for name in self._possible("weights") if name)
+
+    @property
+    def block_by_block(self) -> bool:
+        """Whether blocks are calibrated and quantized in order, where the model allows it."""
+        by_default = self.pipeline == "auto" and self.uses_hessians
+        return self.needs_calibration and (by_default or self.pipeline == "block")
+
+    @property
+    def uses_hessians(self) -> bool:
+        """Whether weights are rounded by the whole Hessian of their input."""
+        return self.algorithm != "rtn"
+
+    @property
+    def in_order(self) -> bool:
+        """Whether, inside a block, a Linear sees the quantized output of those before it."""
+        return self.algorithm == "gptq-plus"
 
     def _possible(self, kind: str) -> set[str | None]:
         """Return every objective that some module may get for a kind."""
@@ -255,7 +347,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         fields["dataset"] = self.dataset if isinstance(self.dataset, str) else None
         del fields["dequantize"]  # said when loading, never of a checkpoint
         if self.quantized_modules is not None:  # a checkpoint, which tells nobody's paths
-            fields["statistics"] = None
+            fields["statistics"] = fields["resume_dir"] = None
             fields["dataset"] = fields["dataset"] and source_name(fields["dataset"])
         fields["window"] = list(self.window) if isinstance(self.window, tuple) else self.window
         if self.modules_to_not_convert is not None:

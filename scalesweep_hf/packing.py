@@ -1,8 +1,9 @@
 """Quantize the Linears of a model group by group: as their weights arrive, or all at once."""
 
 import gc
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import dispatch_model
@@ -11,11 +12,32 @@ from accelerate.utils import align_module_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from scalesweep_hf.calibration import Statistics
+from scalesweep_hf.calibration import InputStatistics, Statistics
 from scalesweep_hf.modules.linear import quantize_group, share_input_importance
+from scalesweep_hf.modules.rounding import HessianRounding
 from scalesweep_hf.names import canonical_name
+from scalesweep_hf.ops.gptq import factorize
+from scalesweep_hf.ops.gptq_plus import block_order
 from scalesweep_hf.targets import linears
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """How weights are rounded by Hessians.
+
+    Attributes:
+        damping: see `scalesweep_hf.ops.gptq.factorize`.
+        dtype: likewise.
+        plus: whether scales are swept on the way (`scalesweep_hf.ops.gptq_plus`).
+    """
+
+    damping: float
+    dtype: torch.dtype
+    plus: bool = False
 
 
 class GroupPacker:
@@ -26,10 +48,11 @@ class GroupPacker:
         statistics: of their inputs, where a recipe needs them.
     """
 
-    def __init__(self) -> None:
-        """Start without groups."""
+    def __init__(self, gptq: GPTQ | None = None) -> None:
+        """Start without groups; gptq None rounds weights to nearest."""
         self.groups: list[list[str]] = []
         self.statistics: Statistics | None = None
+        self._gptq = gptq
         self._waiting: dict[str, Tensor] = {}
 
     def pack_as_read(self, model: PreTrainedModel, name: str, weight: Tensor) -> dict[str, Tensor]:
@@ -51,25 +74,24 @@ class GroupPacker:
         }
 
     def pack_remaining(self, model: PreTrainedModel) -> None:
-        """Quantize, group by group, what was not quantized as it was read."""
+        """Quantize, group by group, what was not quantized before."""
         modules = linears(model)
         groups = [g for g in self.groups if not all(modules[name].is_packed for name in g)]
         if not groups:
             return
-        device_map = getattr(model, "hf_device_map", None)
-        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        if hooked:  # offloaded weights come back to the CPU
-            remove_hook_from_submodules(model)
-        for group in tqdm(groups, desc="Quantizing", unit="group", disable=None):
-            weights = [self._waiting.pop(name, modules[name].weight) for name in group]
-            for name, tensors in zip(group, self._quantize(model, group, weights), strict=True):
-                modules[name].set_packed(tensors)
-            del weights
-        if hooked:
-            dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)
+        with without_hooks(model):
+            for group in tqdm(groups, desc="Quantizing", unit="group", disable=None):
+                self.pack(model, group)
         gc.collect()
         if torch.accelerator.is_available():
             torch.accelerator.empty_cache()
+
+    def pack(self, model: PreTrainedModel, group: Sequence[str]) -> None:
+        """Quantize one group, whose weights are there."""
+        modules = [model.get_submodule(name) for name in group]
+        weights = [self._waiting.pop(n, m.weight) for n, m in zip(group, modules, strict=True)]
+        for module, tensors in zip(modules, self._quantize(model, group, weights), strict=True):
+            module.set_packed(tensors)
 
     def share_importance(self, model: PreTrainedModel) -> None:
         """Give every module the importance of its input, wherever its weight is."""
@@ -86,12 +108,52 @@ class GroupPacker:
     ) -> list[dict[str, Tensor]]:
         name = canonical_name(model, group[0])
         seen = None if self.statistics is None else self.statistics[name]
+        home = weights[0].device
         try:
-            return quantize_group(
+            rounding = None
+            if seen is not None and seen.hessian is not None:
+                weights = [weight.to(seen.hessian.device) for weight in weights]
+                rounding = self._rounding(", ".join(group), seen)
+            results = quantize_group(
                 [model.get_submodule(member) for member in group],
                 weights,
                 input_absmax=None if seen is None else seen.absmax,
                 input_square=None if seen is None else seen.square,
+                local_hessian=None if seen is None else seen.local_hessian,
+                rounding=rounding,
             )
         except ValueError as error:
             raise ValueError(f"{', '.join(group)}: {error}") from error
+        if rounding is not None and self.statistics is not None:
+            for member in group:  # Hessians are large, and were needed once
+                if (key := canonical_name(model, member)) in self.statistics:
+                    slim = replace(self.statistics[key], hessian=None, cross=None)
+                    self.statistics[key] = slim
+        return [{part: t.to(home) for part, t in tensors.items()} for tensors in results]
+
+    def _rounding(self, names: str, seen: InputStatistics) -> HessianRounding:
+        assert self._gptq is not None
+        assert seen.hessian is not None
+        damping, dtype, plus = self._gptq.damping, self._gptq.dtype, self._gptq.plus
+        order = block_order(seen.hessian) if plus else None
+        factor = factorize(seen.hessian, damping=damping, dtype=dtype, order=order)
+        if factor.damping > damping:
+            logger.warning(
+                f"{names}: the Hessian needed damping {factor.damping:g} instead of {damping:g}; "
+                "more calibration text would make it better conditioned."
+            )
+        return HessianRounding(seen.hessian, factor, plus, seen.cross)
+
+
+@contextmanager
+def without_hooks(model: PreTrainedModel) -> Iterator[None]:
+    """Take accelerate's hooks off, which brings offloaded weights to the CPU, for a while."""
+    device_map = getattr(model, "hf_device_map", None)
+    hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    if hooked:
+        remove_hook_from_submodules(model)
+    try:
+        yield
+    finally:
+        if hooked:
+            dispatch_model(model, device_map, skip_keys=model._skip_keys_device_placement)

@@ -1,7 +1,8 @@
 """ScaleSweepHfQuantizer: what from_pretrained calls to swap, quantize, save and reload Linears.
 
 On the fly: nothing to calibrate, or statistics given as a file; each weight is quantized as it is
-read. Calibrated: load, run calibration text, then quantize module by module.
+read. Calibrated: load, run calibration text, then quantize module by module; with GPTQ, block by
+block.
 """
 
 import copy
@@ -20,13 +21,15 @@ from transformers.quantizers import auto as registry
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils import logging
 
+from scalesweep_hf.blockwise import quantize_blockwise
 from scalesweep_hf.calibration import Statistics
+from scalesweep_hf.calibration.blocks import NotBlockwiseError
 from scalesweep_hf.calibration.data import check_source
 from scalesweep_hf.checkpoint import accept_loaded, check_files
 from scalesweep_hf.config import METHOD, ScaleSweepConfig
 from scalesweep_hf.modules import LinearRecipe, NVFP4Linear
 from scalesweep_hf.names import canonical_name, matches
-from scalesweep_hf.packing import GroupPacker
+from scalesweep_hf.packing import GPTQ, GroupPacker
 from scalesweep_hf.states import (
     accept_states,
     check_state_statistics,
@@ -35,7 +38,7 @@ from scalesweep_hf.states import (
     hook_states,
     unhook_states,
 )
-from scalesweep_hf.statistics import check_calibration, run
+from scalesweep_hf.statistics import check_calibration, observed_by, run
 from scalesweep_hf.targets import (
     check_patterns,
     find_modules,
@@ -60,7 +63,10 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: ScaleSweepConfig, **kwargs: Any) -> None:
         """Keep a copy of the config, which loading completes; the caller's stays as it is."""
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
-        self.packer = GroupPacker()
+        config = self.quantization_config
+        dtype = getattr(torch, config.gptq_dtype)
+        gptq = GPTQ(config.gptq_damping, dtype, plus=config.algorithm == "gptq-plus")
+        self.packer = GroupPacker(gptq if config.uses_hessians else None)
 
     @property
     def on_the_fly(self) -> bool:
@@ -154,6 +160,11 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
                 raise ValueError(
                     f"{path} has no statistics of {canonical_name(model, name)}: calibrate this "
                     "model, or add the name to modules_to_not_convert"
+                )
+            if self.quantization_config.needs_local_hessian and seen.local_hessian is None:
+                raise ValueError(
+                    f"{path} has no local Hessians, which objective 'hessian' needs: make it with "
+                    "calibrate(model, local_hessian=True)"
                 )
             width = model.get_submodule(name).in_features
             if seen.square.numel() != width:
@@ -252,17 +263,20 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self._swap(model, name)
 
     def _calibrate(self, model: PreTrainedModel) -> None:
+        """Observe what the recipe needs; block by block, quantize the blocks on the way."""
         config = self.quantization_config
-        assert config.dataset is not None
-        self.packer.statistics = run(
-            model,
-            config.dataset,
-            list(linears(model)),
-            num_samples=config.num_samples,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-            batch_size=config.batch_size,
-        )
+        if config.block_by_block:
+            try:
+                return quantize_blockwise(model, config, self.packer)
+            except NotBlockwiseError as error:
+                if config.pipeline == "block":
+                    raise
+                logger.warning(
+                    f"{type(model).__name__} is not quantized block by block: {error}. The whole "
+                    "model is calibrated at once, which needs memory for all its Hessians."
+                )
+        self.packer.statistics = run(model, list(linears(model)), config, observed_by(config))
+        return None
 
     def _dequantize(
         self, model: PreTrainedModel, dtype: torch.dtype | str | None = None

@@ -75,13 +75,15 @@ def check_state_statistics(model: PreTrainedModel, statistics: Statistics) -> No
 
 
 def fill_states(model: PreTrainedModel, statistics: Statistics) -> None:
-    """Set the scales and importances of hooked attention modules from calibration.
+    """Set the scales and importances of the hooked attention modules that calibration observed.
 
     Raises:
         ValueError: states were not finite in calibration.
     """
     for name, module in hooked(model).items():
-        seen = statistics.states[canonical_name(model, name)]
+        seen = statistics.states.get(canonical_name(model, name))
+        if seen is None:
+            continue
         if not torch.isfinite(seen.absmax).all():
             raise ValueError(f"{name}: keys, values or queries were not finite in calibration")
         shapes = attention.expected_states(module, *state_shape(module))
@@ -112,8 +114,7 @@ def finish_states(model: PreTrainedModel, config: ScaleSweepConfig) -> None:
     """Compute the importance of values, and make `generate` store keys and values packed."""
     modules = hooked(model)
     for module in modules.values():
-        with align_module_device(module.get_submodule("o_proj")):
-            attention.share_value_importance(module, state_shape(module)[0])
+        weigh_values(module)
     layers = frozenset(
         int(module.layer_idx)  # type: ignore[arg-type]
         for module in modules.values()
@@ -122,6 +123,12 @@ def finish_states(model: PreTrainedModel, config: ScaleSweepConfig) -> None:
     if layers and config.packed_cache and model.can_generate():
         prepare = functools.partial(_prepare_packed_cache, model, layers)
         model._prepare_cache_for_generation = prepare
+
+
+def weigh_values(module: nn.Module) -> None:
+    """Compute the importance of the values of a hooked attention module, wherever its o_proj is."""
+    with align_module_device(module.get_submodule("o_proj")):
+        attention.share_value_importance(module, state_shape(module)[0])
 
 
 def unhook_states(model: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ import torch
 from scalesweep_hf import ScaleSweepConfig, quantize
 from scalesweep_hf.modules.linear import NVFP4Linear
 from scalesweep_hf.ops.nvfp4 import round_blocks
-from scalesweep_hf.ops.sweep import OBJECTIVES
+from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.targets import linears
 from tests.models import load, random_tokens
 
@@ -45,6 +45,9 @@ def test_cuda_quantizes_to_the_bits_of_the_cpu(
     x = x.to(dtype)
     x[0] = 0.0
     importance = torch.rand(1040, generator=generator) if OBJECTIVES[objective].weighted else None
+    if OBJECTIVES[objective].coupled:
+        rows = torch.randn(65, 40, 16, generator=generator)
+        importance = rows.mT @ rows
     here = quantize(x, objective=objective, importance=importance, window=window)
     there = quantize(x.cuda(), objective=objective, importance=importance, window=window)
     assert same_bytes(here.packed, there.packed)

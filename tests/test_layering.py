@@ -92,7 +92,7 @@ def name_of(path: Path) -> str:
 
 def test_there_is_something_to_check() -> None:
     assert {"ops", "modules", "calibration", "config", "quantizer"} <= {part_of(f) for f in FILES}
-    assert "scalesweep_hf.ops.sweep.OBJECTIVES" in imports(PACKAGE / "config.py")
+    assert "scalesweep_hf.ops.objectives.OBJECTIVES" in imports(PACKAGE / "config.py")
     assert own_parts(PACKAGE / "quantizer.py") >= {"modules", "calibration", "config"}
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from scalesweep_hf import ScaleSweepConfig
 from scalesweep_hf.evaluate import measure_fidelity, weight_error
-from scalesweep_hf.ops.sweep import OBJECTIVES
+from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.targets import linears
 from tests.conftest import REFERENCE
 
@@ -34,7 +34,7 @@ def test_better_objectives_keep_more_of_the_model(reference_model: Path) -> None
         name: result.kl
         for name, result in measure_fidelity(models, reference, tokens("heldout", 4, 512)).items()
     }
-    assert kl["wmse"] <= kl["mse"] < kl["four_over_six"] < kl["absmax"], kl
+    assert kl["hessian"] < kl["wmse"] <= kl["mse"] < kl["four_over_six"] < kl["absmax"], kl
 
 
 def test_quantized_activations_cost_more_and_reload_the_same(

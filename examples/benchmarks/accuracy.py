@@ -7,6 +7,7 @@ several. Prints a Markdown table; --output also writes JSON with versions and ev
 """
 
 import argparse
+import itertools
 import json
 import time
 from pathlib import Path
@@ -20,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 import scalesweep_hf
 from scalesweep_hf import ScaleSweepConfig
-from scalesweep_hf.config import SCHEMES
+from scalesweep_hf.config import ALGORITHMS, SCHEMES
 from scalesweep_hf.evaluate import Fidelity, measure_fidelity, weight_error
-from scalesweep_hf.ops.sweep import OBJECTIVES
+from scalesweep_hf.ops.objectives import OBJECTIVES
 
 
 def main() -> None:
@@ -33,11 +34,12 @@ def main() -> None:
     reference = AutoModelForCausalLM.from_pretrained(args.model, device_map=args.device)
     models: dict[str, Any] = {"bf16": reference}
     facts: dict[str, dict[str, float]] = {"bf16": {}}
-    for scheme in args.scheme:
+    for scheme, algorithm in itertools.product(args.scheme, args.algorithm):
         for objective in args.objective:
             config = ScaleSweepConfig(
                 scheme=scheme,
                 objective=objective,
+                algorithm=algorithm,
                 window=args.window,
                 dataset=calibration,
                 num_samples=args.num_samples,
@@ -47,7 +49,7 @@ def main() -> None:
             model = AutoModelForCausalLM.from_pretrained(
                 args.model, quantization_config=config, device_map=args.device
             )
-            name = f"{scheme} {objective}"
+            name = f"{scheme} {algorithm} {objective}"
             models[name] = model
             facts[name] = {
                 "seconds": time.perf_counter() - start,
@@ -65,6 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--heldout", required=True, help="FILE[:NAME]")
     parser.add_argument("--rows", type=int, default=None, help="held-out rows; default all")
     parser.add_argument("--scheme", nargs="+", default=["W", "WA"], choices=SCHEMES)
+    parser.add_argument("--algorithm", nargs="+", default=["rtn"], choices=ALGORITHMS)
     parser.add_argument("--objective", nargs="+", default=list(OBJECTIVES), choices=OBJECTIVES)
     parser.add_argument("--window", default="bounded", choices=["bounded", "exact"])
     parser.add_argument("--num-samples", type=int, default=128)

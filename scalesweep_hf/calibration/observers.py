@@ -3,6 +3,11 @@
 import torch
 from torch import Tensor
 
+from scalesweep_hf.ops.sweep import BLOCK
+
+# Elements of inputs held in the dtype of a Hessian at a time.
+ELEMENTS = 1 << 24
+
 
 class AbsMax:
     """The largest magnitude seen; NaN or infinity, once seen, stays."""
@@ -41,6 +46,75 @@ class ChannelSquare:
     @property
     def value(self) -> Tensor:
         """[K] float32 on the CPU.
+
+        Raises:
+            RuntimeError: before the first batch, when K is not known.
+        """
+        if self._value is None:
+            raise RuntimeError("no batch was observed: run the model before reading statistics")
+        return self._value.to(torch.float32).cpu()
+
+
+class Hessian:
+    """The Gram matrix X^T X of a tensor's rows, [K, K], summed and kept on the tensor's device.
+
+    Also X_0^T X, where each batch comes with another one X_0 of the same shape. Products of 16-bit
+    rows are exact; sums are float32 at least.
+    """
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """Start with nothing seen; dtype is that of products and sums."""
+        self._dtype = dtype
+        self._value: Tensor | None = None
+
+    def update(self, x: Tensor, other: Tensor | None = None) -> None:
+        """Take in a batch X [..., K], and X_0 unless it is X itself."""
+        k = x.shape[-1]
+        if self._value is None:
+            self._value = torch.zeros(k, k, dtype=self._dtype, device=x.device)
+        size = max(ELEMENTS // k, 1)
+        right = x.detach().reshape(-1, k).split(size)  # [T, K] each
+        left = right if other is None else other.detach().reshape(-1, k).split(size)
+        for a, b in zip(left, right, strict=True):
+            self._add(a, b)
+
+    def _add(self, a: Tensor, b: Tensor) -> None:
+        assert self._value is not None
+        if self._dtype == torch.float32 and a.is_cuda and a.dtype == b.dtype != torch.float32:
+            self._value += torch.mm(a.T, b, out_dtype=torch.float32)
+        else:
+            self._value.addmm_(a.T.to(self._dtype), b.to(self._dtype))
+
+    @property
+    def value(self) -> Tensor:
+        """[K, K] in the dtype given, on the device of the first batch; not a copy.
+
+        Raises:
+            RuntimeError: before the first batch, when K is not known.
+        """
+        if self._value is None:
+            raise RuntimeError("no batch was observed: run the model before reading statistics")
+        return self._value
+
+
+class LocalHessian:
+    """The diagonal blocks of X^T X, 16 channels each; batches as in `ChannelSquare`."""
+
+    def __init__(self) -> None:
+        """Start with nothing seen."""
+        self._value: Tensor | None = None
+
+    def update(self, x: Tensor) -> None:
+        """Take in a batch [..., K], K divisible by 16."""
+        k = x.shape[-1]
+        for rows in x.detach().reshape(-1, k).split(max(ELEMENTS // k, 1)):  # [T, K]
+            blocks = rows.to(torch.float32).unflatten(-1, (-1, BLOCK)).movedim(1, 0)  # [G, T, 16]
+            total = torch.bmm(blocks.mT, blocks).to(torch.float64)
+            self._value = total if self._value is None else self._value + total
+
+    @property
+    def value(self) -> Tensor:
+        """[K/16, 16, 16] float32 on the CPU.
 
         Raises:
             RuntimeError: before the first batch, when K is not known.

@@ -1,12 +1,13 @@
 """Run calibration text through a model."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scalesweep_hf.calibration.collect import Statistics, collect
+from scalesweep_hf.calibration.collect import Observed, Statistics, collect
 from scalesweep_hf.calibration.states import collect_states
 from scalesweep_hf.names import canonical_name
 
@@ -18,6 +19,7 @@ def run_calibration(
     names: Iterable[str] | None = None,
     attention: Iterable[str] = (),
     batch_size: int = 8,
+    observed: Observed | None = None,
 ) -> Statistics:
     """Run token rows through a model and collect the statistics of its Linears' inputs.
 
@@ -28,6 +30,7 @@ def run_calibration(
         attention: names of attention modules whose keys, values and queries are observed; they are
             hooked already (`scalesweep_hf.modules.attention.attach`).
         batch_size: rows per forward pass.
+        observed: as in `collect`.
 
     Returns:
         The statistics.
@@ -36,22 +39,43 @@ def run_calibration(
         ValueError: a named Linear never ran or saw NaN or infinity.
     """
     names = None if names is None else list(names)
-    runner = _smallest_runner(model, names)
+    run = make_runner(model, names)
+    with (
+        torch.no_grad(),
+        collect_states(model, attention) as states,
+        collect(model, names, observed) as statistics,
+    ):
+        for batch in tqdm(tokens.split(batch_size), desc="Calibrating", unit="batch", disable=None):
+            run(batch)
+    statistics.states = {canonical_name(model, name): states[name] for name in states}
+    check_statistics(model, statistics, names or ())
+    return statistics
+
+
+def make_runner(model: nn.Module, names: Iterable[str] | None) -> Callable[[Tensor], Any]:
+    """Return what runs token ids [B, T] through a model, or the part of it that has these modules.
+
+    Args:
+        model: takes ``input_ids``.
+        names: of modules that must run; None means all.
+    """
+    runner = _smallest_runner(model, None if names is None else list(names))
     device = next(iter(model.parameters())).device
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is not None and embeddings.weight.device.type != "meta":
         device = embeddings.weight.device
     # A cache would be thrown away after every batch.
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    with (
-        torch.no_grad(),
-        collect_states(model, attention) as states,
-        collect(model, names) as statistics,
-    ):
-        for batch in tqdm(tokens.split(batch_size), desc="Calibrating", unit="batch", disable=None):
-            runner(input_ids=batch.to(device=device, dtype=torch.int64), **options)
-    statistics.states = {canonical_name(model, name): states[name] for name in states}
-    chosen = {name: statistics.get(canonical_name(model, name)) for name in names or ()}
+    return lambda batch: runner(input_ids=batch.to(device=device, dtype=torch.int64), **options)
+
+
+def check_statistics(model: nn.Module, statistics: Statistics, names: Iterable[str]) -> None:
+    """Check that calibration reached these Linears and that their inputs were finite.
+
+    Raises:
+        ValueError: naming those that it did not reach, or the first that was not finite.
+    """
+    chosen = {name: statistics.get(canonical_name(model, name)) for name in names}
     if unreached := [name for name, seen in chosen.items() if seen is None]:
         raise ValueError(
             f"no calibration text reached {', '.join(unreached)}: add them to "
@@ -60,7 +84,6 @@ def run_calibration(
     for name, seen in chosen.items():
         if seen is not None and not torch.isfinite(seen.absmax):
             raise ValueError(f"{name}: its input has max|x| = {seen.absmax.item()} in calibration")
-    return statistics
 
 
 def _smallest_runner(model: nn.Module, names: list[str] | None) -> nn.Module:

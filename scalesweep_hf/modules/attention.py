@@ -17,7 +17,8 @@ from transformers import AttentionInterface
 from scalesweep_hf.modules.cache import PackedLayer
 from scalesweep_hf.modules.linear import NVFP4Linear, column_squares, keep_bits
 from scalesweep_hf.ops.kv import StateCodec
-from scalesweep_hf.ops.sweep import OBJECTIVES, Window
+from scalesweep_hf.ops.objectives import OBJECTIVES
+from scalesweep_hf.ops.sweep import Window
 
 STATES = {"keys": "k", "values": "v", "queries": "q"}
 PARAMETERS = ("q_scale", "k_scale", "v_scale", "q_importance", "k_importance")

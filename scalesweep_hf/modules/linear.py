@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalesweep_hf.modules.rounding import HessianRounding
 from scalesweep_hf.ops.linear import linear, quantized_linear
 from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, compute_tensor_scale, dequantize, quantize
-from scalesweep_hf.ops.sweep import BLOCK, OBJECTIVES, Window
+from scalesweep_hf.ops.objectives import OBJECTIVES
+from scalesweep_hf.ops.sweep import BLOCK, Window
 
 SCALES = ("weight_scale", "weight_scale_2", "input_scale")
 
@@ -206,6 +208,8 @@ def quantize_group(
     *,
     input_absmax: Tensor | None = None,
     input_square: Tensor | None = None,
+    local_hessian: Tensor | None = None,
+    rounding: HessianRounding | None = None,
 ) -> list[dict[str, Tensor]]:
     """Quantize Linears that read the same input, with one tensor scale for it and one for them.
 
@@ -214,6 +218,9 @@ def quantize_group(
         weights: [N, K] floating each, one per module.
         input_absmax: [] largest magnitude of the input, where activations are quantized.
         input_square: [K] sum over tokens of the squared input, where a recipe's weights are "wmse".
+        local_hessian: [K/16, 16, 16] diagonal blocks of the input's Gram matrix, where a recipe's
+            weights are "hessian".
+        rounding: by the Hessian of the input; None rounds to nearest.
 
     Returns:
         Per module the tensors for `NVFP4Linear.set_packed`, on the device of its weight.
@@ -221,31 +228,53 @@ def quantize_group(
     Raises:
         ValueError: a weight is not finite, or the statistics that a recipe needs are missing.
     """
+    if rounding is not None:
+        weights = rounding.targets(weights)
     # The smallest range of the group leaves every member the headroom that its objective needs.
     widest = min((m.recipe.weights for m in modules), key=lambda name: OBJECTIVES[name].scale_range)
     amax = torch.stack([weight.abs().amax().float().cpu() for weight in weights]).amax()
     weight_scale_2 = compute_tensor_scale(amax, widest)
     input_scale = _input_scale(modules, input_absmax)
+
+    def to_nearest() -> list[NVFP4Tensor]:
+        importance = (input_square, local_hessian)
+        pairs = zip(modules, weights, strict=True)
+        return [_quantize_weight(m, weight, weight_scale_2, *importance) for m, weight in pairs]
+
+    if rounding is None:
+        packed = to_nearest()
+    else:
+        packed = rounding.round(weights, weight_scale_2, to_nearest)
     results = []
-    for module, weight in zip(modules, weights, strict=True):
-        weighted = OBJECTIVES[module.recipe.weights].weighted
-        packed = quantize(
-            weight,
-            objective=module.recipe.weights,
-            importance=input_square if weighted else None,
-            window=module.recipe.window,
-            tensor_scale=weight_scale_2,
-        )
+    for module, tensor in zip(modules, packed, strict=True):
         tensors = {
-            "weight": packed.packed,
-            "weight_scale": packed.block_scale,
-            "weight_scale_2": packed.tensor_scale.clone(),
+            "weight": tensor.packed,
+            "weight_scale": tensor.block_scale,
+            "weight_scale_2": tensor.tensor_scale.clone(),
         }
         if module.recipe.activations is not None:
             assert input_scale is not None
-            tensors["input_scale"] = input_scale.to(weight.device, copy=True)
+            tensors["input_scale"] = input_scale.to(tensor.packed.device, copy=True)
         results.append(tensors)
     return results
+
+
+def _quantize_weight(
+    module: NVFP4Linear,
+    weight: Tensor,
+    tensor_scale: Tensor,
+    input_square: Tensor | None,
+    local_hessian: Tensor | None,
+) -> NVFP4Tensor:
+    objective = OBJECTIVES[module.recipe.weights]
+    coupled = local_hessian if objective.coupled else None
+    return quantize(
+        weight,
+        objective=module.recipe.weights,
+        importance=input_square if objective.weighted else coupled,
+        window=module.recipe.window,
+        tensor_scale=tensor_scale,
+    )
 
 
 def _input_scale(modules: Sequence[NVFP4Linear], absmax: Tensor | None) -> Tensor | None:

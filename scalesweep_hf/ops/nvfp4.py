@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from scalesweep_hf.ops import e2m1, e4m3
-from scalesweep_hf.ops.sweep import BLOCK, OBJECTIVES, Window, check_window
+from scalesweep_hf.ops.objectives import OBJECTIVES, check_objective
+from scalesweep_hf.ops.sweep import BLOCK, Window, check_window
 
 # Elements swept at a time. The sweep keeps about ten float32 temporaries of this size: a few MB on
 # a CPU, so that they stay in cache, and under 1 GB elsewhere, where launches are what costs.
@@ -87,9 +88,10 @@ def quantize(
 
     Args:
         x: [..., K] floating, finite, K divisible by 16; not changed.
-        objective: "absmax", "four_over_six", "mse" or "wmse".
-        importance: broadcastable to x, >= 0; required by "wmse", refused by the others. Only ratios
-            inside a block matter.
+        objective: "absmax", "four_over_six", "mse", "wmse" or "hessian".
+        importance: required by "wmse": broadcastable to x, >= 0; only ratios inside a block matter.
+            Required by "hessian": [K/16, 16, 16], the diagonal blocks of X^T X. Refused by the
+            others.
         window: "bounded", "exact" or code offsets (low, high); see `sweep_scales`.
         tensor_scale: [] floating, > 0 in float32; None computes it from max|x|
             (`compute_tensor_scale`).
@@ -149,7 +151,8 @@ def encode_blocks(
         x: [..., K] floating, K divisible by 16.
         tensor_scale: [] float32 > 0, on x's device.
         objective: as in `quantize`.
-        importance: [K], or [R, K] for R rows of x; float32, finite and >= 0; for "wmse".
+        importance: float32, finite: for "wmse" [K], or [R, K] for R rows of x, >= 0; for "hessian"
+            [K/16, 16, 16].
         window: as in `quantize`.
 
     Returns:
@@ -234,12 +237,6 @@ def unpack(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
 
 
-def check_objective(objective: str) -> None:
-    """Raise ValueError unless objective names an initialisation of block scales."""
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective is {objective!r}; use one of {', '.join(OBJECTIVES)}")
-
-
 def _chunks(
     x: Tensor, tensor_scale: Tensor, importance: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -248,7 +245,7 @@ def _chunks(
     for part in _row_slices(rows.shape[0], x.shape[-1], _chunk_size(x.device)):
         scaled = (rows[part].to(torch.float32) / tensor_scale).clamp(-FAR, FAR)
         weight = importance
-        if weight is not None:
+        if weight is not None and weight.ndim < 3:
             weight = (weight if weight.ndim == 1 else weight[part]).unflatten(-1, (-1, BLOCK))
         yield part, scaled.unflatten(-1, (-1, BLOCK)), weight
 
@@ -294,14 +291,16 @@ def _check_tensor_scale(tensor_scale: Tensor) -> Tensor:
 
 
 def _check_importance(x: Tensor, objective: str, importance: Tensor | None) -> Tensor | None:
-    """Check importance; return it as float32 [K] or [R, K] on x's device."""
-    weighted = OBJECTIVES[objective].weighted
+    """Check importance; return it as float32 [K], [R, K] or [K/16, 16, 16] on x's device."""
+    kind = OBJECTIVES[objective]
     if importance is None:
-        if weighted:
+        if kind.weighted or kind.coupled:
             raise ValueError(f"objective {objective!r} needs importance: pass it, or use 'mse'")
         return None
-    if not weighted:
+    if not (kind.weighted or kind.coupled):
         raise ValueError(f"objective {objective!r} does not use importance: drop it, or use 'wmse'")
+    if kind.coupled:
+        return _check_couplings(x, importance)
     try:
         shape = torch.broadcast_shapes(importance.shape, x.shape)
     except RuntimeError:
@@ -318,3 +317,17 @@ def _check_importance(x: Tensor, objective: str, importance: Tensor | None) -> T
     if importance.shape[-1:] == (importance.numel(),) == x.shape[-1:]:
         return importance.reshape(-1)
     return importance.expand(x.shape).reshape(-1, x.shape[-1])
+
+
+def _check_couplings(x: Tensor, importance: Tensor) -> Tensor:
+    expected = (x.shape[-1] // BLOCK, BLOCK, BLOCK)
+    if importance.shape != expected:
+        raise ValueError(
+            f"importance has shape {list(importance.shape)}; objective 'hessian' needs "
+            f"{list(expected)}, the diagonal blocks of X^T X"
+        )
+    importance = importance.to(device=x.device, dtype=torch.float32)
+    diagonal = importance.diagonal(dim1=-2, dim2=-1)
+    if not (torch.isfinite(importance).all() and (diagonal >= 0).all()):
+        raise ValueError("importance is not finite, or negative on its diagonal: X^T X is neither")
+    return importance

@@ -4,7 +4,8 @@ Everything here works on blocks already divided by the tensor scale; the tensor 
 multiplies the loss. Windows count E4M3 codes from the AbsMax code ``q0 = nearest(max|x| / 6)``.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,22 +79,22 @@ def sweep_scales(
         raise ValueError(
             f"x has shape {list(x.shape)}; expected [..., G, {BLOCK}]: reshape it into blocks"
         )
-    # One row per element position: the sum over a block is then 15 vector additions in a fixed
-    # order.
-    magnitude = x.abs().movedim(-1, 0).contiguous()  # [16, ..., G]
-    weight = None if importance is None else _rows(normalize_importance(importance), x.ndim)
+    # By rows, the sum over a block is 15 vector additions in a fixed order.
+    magnitude = to_rows(x.abs(), x.ndim)  # [16, ..., G]
+    weight = None if importance is None else to_rows(normalize_importance(importance), x.ndim)
     code = absmax_codes(x).to(torch.int16)  # [..., G]
+    loss = functools.partial(_loss, magnitude, weight)
     if window == "bounded":
         down, up = _bounded_window(code, weighted=weight is not None)
         steps = UP_MAX + (DOWN_MAX if weight is None else DOWN_WEIGHTED)
-        return _sweep_window(magnitude, weight, code - down, code + up, steps, last=LAST_ODD)
+        return sweep_window(loss, code - down, code + up, steps, last=LAST_ODD)
     if window == "exact":
         if torch.compiler.is_compiling():  # no data-dependent stop in a graph: try them all
             every = torch.zeros_like(code)
-            return _sweep_window(magnitude, weight, every, every + e4m3.MAX_CODE, e4m3.MAX_CODE)
+            return sweep_window(loss, every, every + e4m3.MAX_CODE, e4m3.MAX_CODE)
         return _sweep_exact(magnitude, weight, code)
     low, high = check_window(window)
-    return _sweep_window(magnitude, weight, code + low, code + high, high - low)
+    return sweep_window(loss, code + low, code + high, high - low)
 
 
 def block_loss(x: Tensor, scale: Tensor, importance: Tensor | None = None) -> Tensor:
@@ -107,7 +108,7 @@ def block_loss(x: Tensor, scale: Tensor, importance: Tensor | None = None) -> Te
     Returns:
         [..., G] float32 losses.
     """
-    weight = None if importance is None else _rows(importance, x.ndim)
+    weight = None if importance is None else to_rows(importance, x.ndim)
     return _loss(x.abs().movedim(-1, 0), weight, scale)
 
 
@@ -167,20 +168,21 @@ def _loss(magnitude: Tensor, weight: Tensor | None, scale: Tensor) -> Tensor:
     term = error * error
     if weight is not None:
         term = weight * term
-    return _sum_left_to_right(term)
+    return sum_left_to_right(term)
 
 
-def _sum_left_to_right(term: Tensor) -> Tensor:
-    total = term[0].clone()  # [..., G]
-    for i in range(1, BLOCK):
-        total += term[i]
+def sum_left_to_right(terms: Tensor | Sequence[Tensor]) -> Tensor:
+    """Add tensors, or the rows of one, in order, whatever the device."""
+    total = terms[0].clone()  # [..., G]
+    for i in range(1, len(terms)):
+        total += terms[i]
     return total
 
 
-def _rows(importance: Tensor, ndim: int) -> Tensor:
-    """Bring importance to [16, ..., G] with ndim dimensions, broadcastable to the magnitudes."""
-    leading = (1,) * (ndim - importance.ndim)
-    return importance.reshape(leading + importance.shape).movedim(-1, 0).contiguous()
+def to_rows(x: Tensor, ndim: int) -> Tensor:
+    """Bring blocks [..., 16] to [16, ..., G] with ndim dimensions: one row per element position."""
+    leading = (1,) * (ndim - x.ndim)
+    return x.reshape(leading + x.shape).movedim(-1, 0).contiguous()
 
 
 def _bounded_window(code: Tensor, *, weighted: bool) -> tuple[Tensor, Tensor]:
@@ -219,22 +221,30 @@ def _table(values: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
-def _sweep_window(
-    magnitude: Tensor, weight: Tensor | None, low: Tensor, high: Tensor, steps: int, last: int = 0
+def sweep_window(
+    loss: Callable[[Tensor], Tensor], low: Tensor, high: Tensor, steps: int, last: int = 0
 ) -> SweepResult:
-    """Try the codes low...high of every block, then odd codes up to last; repeat the largest."""
+    """Try the codes low...high of every block, then odd codes up to last; repeat the largest.
+
+    Args:
+        loss: scales [..., G] float32 -> losses [..., G].
+        low: [..., G] int16 codes, clamped to those that exist.
+        high: likewise.
+        steps: codes to try after the first.
+        last: largest odd code to try beyond high.
+    """
     low = low.clamp(e4m3.MIN_CODE, e4m3.MAX_CODE)
     high = high.clamp(e4m3.MIN_CODE, e4m3.MAX_CODE)
     largest = high.clamp(min=last)
     odd = (high - 1) | 1  # the odd code at or below high
     best_code = low
-    best_loss = _loss(magnitude, weight, e4m3.decode(low.to(torch.uint8)))
+    best_loss = loss(e4m3.decode(low.to(torch.uint8)))
     for step in range(1, steps + 1):
         code = low + step
         code = torch.where(code > high, odd + 2 * (code - high), code).minimum(largest)
-        loss = _loss(magnitude, weight, e4m3.decode(code.to(torch.uint8)))
-        better = loss < best_loss  # strictly: the smaller scale, tried first, keeps a tie
-        best_loss = torch.where(better, loss, best_loss)
+        found = loss(e4m3.decode(code.to(torch.uint8)))
+        better = found < best_loss  # strictly: the smaller scale, tried first, keeps a tie
+        best_loss = torch.where(better, found, best_loss)
         best_code = torch.where(better, code, best_code)
     return SweepResult(best_code.to(torch.uint8), best_loss)
 
@@ -265,36 +275,7 @@ def _sweep_exact(magnitude: Tensor, weight: Tensor | None, base: Tensor) -> Swee
         best_code[alive] = torch.where(better, code, best_code[alive])
         clipped = (rows - e2m1.MAX * scale).clamp(min=0.0)
         cost = clipped * clipped if weights is None else weights * (clipped * clipped)
-        go_on = (code > e4m3.MIN_CODE) & (_sum_left_to_right(cost) <= best_loss[alive])
+        go_on = (code > e4m3.MIN_CODE) & (sum_left_to_right(cost) <= best_loss[alive])
         alive, code, rows = alive[go_on], code[go_on] - 1, rows[:, go_on]
         weights = None if weights is None else weights[:, go_on]
     return SweepResult(best_code.to(torch.uint8).reshape(shape), best_loss.reshape(shape))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """One way to initialise block scales.
-
-    Attributes:
-        choose: (x [..., G, 16] float32, importance or None, window) -> [..., G] uint8 codes.
-        scale_range: largest block scale that the tensor scale leaves to the largest block's AbsMax
-            scale; 256 keeps E4M3 room for scales up to 1.75 times as large (eq. 14), 448 is the
-            plain baseline.
-        weighted: whether it uses the importance.
-    """
-
-    choose: Callable[[Tensor, Tensor | None, Window], Tensor]
-    scale_range: float
-    weighted: bool = False
-
-
-OBJECTIVES = {
-    "absmax": Objective(lambda x, importance, window: absmax_codes(x), e4m3.MAX),
-    "four_over_six": Objective(lambda x, importance, window: four_over_six_codes(x), 256.0),
-    "mse": Objective(lambda x, importance, window: sweep_scales(x, window=window).codes, 256.0),
-    "wmse": Objective(
-        lambda x, importance, window: sweep_scales(x, importance, window=window).codes,
-        256.0,
-        weighted=True,
-    ),
-}

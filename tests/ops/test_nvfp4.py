@@ -12,7 +12,8 @@ from scalesweep_hf.ops.nvfp4 import (
     round_blocks,
     unpack,
 )
-from scalesweep_hf.ops.sweep import OBJECTIVES, Window
+from scalesweep_hf.ops.objectives import OBJECTIVES
+from scalesweep_hf.ops.sweep import Window
 
 ONE = torch.tensor(1.0)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -26,7 +27,11 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def importance_for(objective: str, x: Tensor) -> Tensor | None:
-    return normal(x.shape[-1], seed=7).square() if OBJECTIVES[objective].weighted else None
+    k = x.shape[-1]
+    if OBJECTIVES[objective].coupled:
+        rows = normal(k // 16, 32, 16, seed=7)  # [G, T, 16]
+        return rows.mT @ rows
+    return normal(k, seed=7).square() if OBJECTIVES[objective].weighted else None
 
 
 def assert_same(a: NVFP4Tensor, b: NVFP4Tensor) -> None:
@@ -244,8 +249,8 @@ def test_round_blocks_keeps_nan_and_only_there(objective: str) -> None:
 @pytest.mark.parametrize("chunk", [1, 100, 257])
 def test_chunks_do_not_show(objective: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal(13, 32)
-    importance = normal(13, 32, seed=1).square() if objective == "wmse" else None
     shared = importance_for(objective, x)
+    importance = normal(13, 32, seed=1).square() if objective == "wmse" else shared
     whole = quantize(x, objective=objective, importance=importance)
     rounded = round_blocks(x, ONE, objective=objective, importance=shared)
     monkeypatch.setattr(nvfp4, "CHUNK_CPU", chunk)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalesweep_hf.ops.nvfp4 import check_objective, dequantize, quantize, round_blocks
-from scalesweep_hf.ops.sweep import OBJECTIVES, Window
+from scalesweep_hf.ops.nvfp4 import dequantize, quantize, round_blocks
+from scalesweep_hf.ops.objectives import OBJECTIVES, check_objective
+from scalesweep_hf.ops.sweep import Window
 
 ONE = torch.tensor(1.0)
 NAN = float("nan")
@@ -101,7 +102,9 @@ def test_wrong_input_raises_with_the_value(
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_check_objective_takes_what_exists(name: str) -> None:
     check_objective(name)
-    with pytest.raises(ValueError, match=f"{name}_'; use one of absmax, four_over_six, mse, wmse"):
+    with pytest.raises(
+        ValueError, match=f"{name}_'; use one of absmax, four_over_six, mse, wmse, hessian"
+    ):
         check_objective(name + "_")
 
 
@@ -145,7 +148,8 @@ def test_a_parameter_leaves_no_graph() -> None:
 def test_infinity_saturates(objective: str, huge: float, window: Window) -> None:
     x = normal(1, 16)
     x[0, 3], x[0, 4] = huge, -huge
-    importance = torch.ones(16) if OBJECTIVES[objective].weighted else None
+    kind = OBJECTIVES[objective]
+    importance = torch.ones(16) if kind.weighted else torch.eye(16)[None] if kind.coupled else None
     y = round_blocks(x, ONE, objective=objective, importance=importance, window=window)
     assert y[0, 3:5].tolist() == [2688.0, -2688.0]
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from scalesweep_hf.ops import e4m3
 from scalesweep_hf.ops.nvfp4 import quantize
+from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.ops.sweep import (
-    OBJECTIVES,
     Window,
     absmax_codes,
     block_loss,
@@ -149,7 +149,9 @@ def test_a_power_of_two_moves_the_scale_by_itself(x: Tensor, k: int, window: Win
 @law
 @given(middle_block, st.integers(-100, 100), st.sampled_from(sorted(OBJECTIVES)))
 def test_a_power_of_two_moves_only_the_tensor_scale(x: Tensor, k: int, objective: str) -> None:
-    importance = torch.arange(16.0) if objective == "wmse" else None
+    importance = torch.arange(16.0) if OBJECTIVES[objective].weighted else None
+    if OBJECTIVES[objective].coupled:
+        importance = (torch.eye(16) + 0.25)[None]
     plain = quantize(x, objective=objective, importance=importance)
     moved = quantize(x * 2.0**k, objective=objective, importance=importance)
     assert torch.equal(moved.packed, plain.packed)
