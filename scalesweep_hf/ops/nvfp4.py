@@ -11,9 +11,9 @@ from scalesweep_hf.ops.objectives import OBJECTIVES, check_objective
 from scalesweep_hf.ops.sweep import BLOCK, Window, check_window
 
 # Elements swept at a time. The sweep keeps about ten float32 temporaries of this size: a few MB on
-# a CPU, so that they stay in cache, and under 1 GB elsewhere, where launches are what costs.
+# a CPU, so that they stay in cache, and under 200 MB elsewhere, where launches are what costs.
 CHUNK_CPU = 1 << 17
-CHUNK_DEVICE = 1 << 24
+CHUNK_DEVICE = 1 << 22
 
 # Beyond this, in units of the tensor scale, magnitudes are equal: 390 times the largest value of
 # the format. Infinity would make all losses equal, and the smallest scale would win.
@@ -84,7 +84,7 @@ def quantize(
 
     With S the tensor scale, each block of x / S gets its scale s (`scalesweep_hf.ops.sweep`) and
     the codes of round_e2m1((x / S) / s); both divisions are IEEE float32. Works in chunks: beyond x
-    and the result it needs a few MB on a CPU, under 1 GB on an accelerator.
+    and the result it needs a few MB on a CPU, under 200 MB on an accelerator.
 
     Args:
         x: [..., K] floating, finite, K divisible by 16; not changed.
