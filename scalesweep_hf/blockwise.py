@@ -123,10 +123,12 @@ class BlockQuantizer:
     ) -> dict[str, int]:
         """Quantize a block group by group, each from the quantized output of those before it."""
         shared_inputs = dict(self.walk.probe(index, names).shared_inputs)
-        for group in self._group(names, shared_inputs):
-            self.packer.statistics = self.walk.observe_input(index, group[0])
+        groups = self._group(names, shared_inputs)
+        for group in groups:
+            last = group is groups[-1]
+            self.packer.statistics = self.walk.observe_input(index, group[0], last=last)
             self.packer.pack(self.model, group)
-        self._finish(self.walk.observe(index, [], states), states)
+        self._finish(self.walk.observe(index, [], states) if states else Statistics(), states)
         return shared_inputs
 
     def _group(self, names: Sequence[str], shared_inputs: dict[str, int]) -> list[list[str]]:

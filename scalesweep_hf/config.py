@@ -41,10 +41,11 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         algorithm: "rtn" rounds weights to nearest; "gptq" rounds them column by column, each for
             what the others lost, against the inputs that the already quantized model makes;
             "gptq-plus" also sweeps the scales of weights on the way (objective then says how
-            everything else is swept), looks at every code twice and moves the target towards the
-            full-precision model's output.
+            everything else is swept), and moves its target towards the full-precision model's
+            output, for which that model runs beside the quantized one.
         gptq_damping: added to the diagonal of a Hessian, in units of its mean, > 0 and <= 1; raised
-            tenfold where a Hessian is not positive definite.
+            tenfold where a Hessian is not positive definite. None picks 0.01, and 0.1 for
+            "gptq-plus".
         gptq_dtype: "float32" or "float64", of Hessians and GPTQ's linear algebra.
         pipeline: how a model is calibrated: "block" keeps the statistics of one block at a time and
             quantizes it before the next one sees its output; "model" runs the whole
@@ -93,7 +94,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         scheme: str = "WA",
         objective: str = "wmse",
         algorithm: str = "rtn",
-        gptq_damping: float = 0.01,
+        gptq_damping: float | None = None,
         gptq_dtype: str = "float32",
         pipeline: str = "auto",
         propagate_quantized: bool = True,
@@ -170,8 +171,9 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         _check_choice("backend", self.backend, ("auto", "torch"))
         if self.window not in ("bounded", "exact"):
             check_window(self.window)
-        if type(self.gptq_damping) not in (int, float) or not 0 < self.gptq_damping <= 1:
-            raise ValueError(f"gptq_damping is {self.gptq_damping!r}; it must be > 0 and <= 1")
+        damping = self.gptq_damping
+        if damping is not None and not (type(damping) in (int, float) and 0 < damping <= 1):
+            raise ValueError(f"gptq_damping is {damping!r}; it must be > 0 and <= 1")
         for name in (
             *("dequantize", "packed_cache"),
             *("propagate_quantized", "offload_hidden_states"),
@@ -318,6 +320,13 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def uses_hessians(self) -> bool:
         """Whether weights are rounded by the whole Hessian of their input."""
         return self.algorithm != "rtn"
+
+    @property
+    def damping(self) -> float:
+        """The damping of Hessians, the default resolved."""
+        if self.gptq_damping is not None:
+            return self.gptq_damping
+        return 0.1 if self.algorithm == "gptq-plus" else 0.01
 
     @property
     def in_order(self) -> bool:

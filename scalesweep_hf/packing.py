@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from scalesweep_hf.calibration import InputStatistics, Statistics
 from scalesweep_hf.modules.linear import quantize_group, share_input_importance
-from scalesweep_hf.modules.rounding import HessianRounding
+from scalesweep_hf.modules.rounding import HessianRounding, shift_weights
 from scalesweep_hf.names import canonical_name
 from scalesweep_hf.ops.gptq import factorize
 from scalesweep_hf.ops.gptq_plus import block_order
@@ -113,7 +113,8 @@ class GroupPacker:
             rounding = None
             if seen is not None and seen.hessian is not None:
                 weights = [weight.to(seen.hessian.device) for weight in weights]
-                rounding = self._rounding(", ".join(group), seen)
+                rounding, weights = self._rounding(", ".join(group), seen, weights)
+                seen = self._forget_hessian(model, group)
             results = quantize_group(
                 [model.get_submodule(member) for member in group],
                 weights,
@@ -124,17 +125,17 @@ class GroupPacker:
             )
         except ValueError as error:
             raise ValueError(f"{', '.join(group)}: {error}") from error
-        if rounding is not None and self.statistics is not None:
-            for member in group:  # Hessians are large, and were needed once
-                if (key := canonical_name(model, member)) in self.statistics:
-                    slim = replace(self.statistics[key], hessian=None, cross=None)
-                    self.statistics[key] = slim
         return [{part: t.to(home) for part, t in tensors.items()} for tensors in results]
 
-    def _rounding(self, names: str, seen: InputStatistics) -> HessianRounding:
+    def _rounding(
+        self, names: str, seen: InputStatistics, weights: list[Tensor]
+    ) -> tuple[HessianRounding, list[Tensor]]:
+        """Return how a group is rounded, and what is rounded instead of its weights."""
         assert self._gptq is not None
         assert seen.hessian is not None
         damping, dtype, plus = self._gptq.damping, self._gptq.dtype, self._gptq.plus
+        if seen.cross is not None:
+            weights = shift_weights(weights, seen.hessian, seen.cross, dtype)
         order = block_order(seen.hessian) if plus else None
         factor = factorize(seen.hessian, damping=damping, dtype=dtype, order=order)
         if factor.damping > damping:
@@ -142,7 +143,15 @@ class GroupPacker:
                 f"{names}: the Hessian needed damping {factor.damping:g} instead of {damping:g}; "
                 "more calibration text would make it better conditioned."
             )
-        return HessianRounding(seen.hessian, factor, plus, seen.cross)
+        return HessianRounding(factor, plus), weights
+
+    def _forget_hessian(self, model: PreTrainedModel, group: Sequence[str]) -> InputStatistics:
+        """Drop the group's Hessian, which is large and was needed once."""
+        assert self.statistics is not None
+        for key in (canonical_name(model, member) for member in group):
+            if key in self.statistics:
+                self.statistics[key] = replace(self.statistics[key], hessian=None, cross=None)
+        return self.statistics[canonical_name(model, group[0])]
 
 
 @contextmanager

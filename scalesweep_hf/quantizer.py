@@ -65,7 +65,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         config = self.quantization_config
         dtype = getattr(torch, config.gptq_dtype)
-        gptq = GPTQ(config.gptq_damping, dtype, plus=config.algorithm == "gptq-plus")
+        gptq = GPTQ(config.damping, dtype, plus=config.algorithm == "gptq-plus")
         self.packer = GroupPacker(gptq if config.uses_hessians else None)
 
     @property

@@ -8,8 +8,10 @@ plus the hidden states of all tokens.
 """
 
 import argparse
+import gc
 import tempfile
 import time
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,18 +39,20 @@ def main() -> None:
         num_samples=args.rows,
         sequence_length=args.length,
     )
-    seconds = time_blocks()
+    seconds = time_blocks(args.blocks)
     on_gpu = torch.device(args.device).type == "cuda"
     with tempfile.TemporaryDirectory() as folder:
         with torch.device(args.device):
             torch.manual_seed(0)
             LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=recipe, device_map=args.device
-        )
+        with suppress(_Enough):
+            AutoModelForCausalLM.from_pretrained(
+                folder, quantization_config=recipe, device_map=args.device
+            )
     model, hessians, hidden = expected_bytes(args, config)
     total = model + hessians + hidden
     print(f"model {model / MB:.0f} MB + Hessians {hessians / MB:.0f} + hidden {hidden / MB:.0f}")
@@ -69,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scheme", default="W", choices=SCHEMES)
     parser.add_argument("--objective", default="wmse")
     parser.add_argument("--algorithm", default="gptq", choices=ALGORITHMS)
+    parser.add_argument("--blocks", type=int, default=None, help="stop after so many; default all")
     parser.add_argument("--device", default="cuda")
     return parser.parse_args()
 
@@ -96,8 +101,12 @@ def expected_bytes(args: argparse.Namespace, config: LlamaConfig) -> tuple[int, 
     return 2 * parameters, 4 * inputs, 2 * states
 
 
-def time_blocks() -> list[float]:
-    """Let every block that is quantized from now on add its seconds to a list."""
+class _Enough(Exception):  # noqa: N818 (no error)
+    """Ends the run."""
+
+
+def time_blocks(most: int | None) -> list[float]:
+    """Let every block that is quantized from now on add its seconds to a list; stop after most."""
     seconds: list[float] = []
     original = BlockQuantizer.quantize
 
@@ -105,6 +114,8 @@ def time_blocks() -> list[float]:
         start = time.perf_counter()
         result = original(self, index)
         seconds.append(time.perf_counter() - start)
+        if len(seconds) == most:
+            raise _Enough
         return result
 
     BlockQuantizer.quantize = timed  # type: ignore[method-assign]

@@ -81,9 +81,9 @@ def quantize_layer(
     """Quantize one weight [N, K] by what is known of its input."""
     assert known.hessian is not None
     if algorithm == "gptq-plus":
-        factor = factorize(known.hessian, order=block_order(known.hessian))
+        factor = factorize(known.hessian, damping=0.1, order=block_order(known.hessian))
         scale = compute_tensor_scale(weight.abs().amax(), "mse")
-        return quantize_gptq_plus(weight, scale, known.hessian, factor)
+        return quantize_gptq_plus(weight, scale, factor)
     kind = OBJECTIVES[objective]
     importance = known.square if kind.weighted else known.local_hessian if kind.coupled else None
     start = quantize(weight, objective=objective, importance=importance)

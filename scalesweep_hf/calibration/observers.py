@@ -5,8 +5,9 @@ from torch import Tensor
 
 from scalesweep_hf.ops.sweep import BLOCK
 
-# Elements of inputs held in the dtype of a Hessian at a time.
+# Elements of inputs held in the dtype of a Hessian at a time, and rows of it computed at a time.
 ELEMENTS = 1 << 24
+CHANNELS = 1024
 
 
 class AbsMax:
@@ -81,7 +82,8 @@ class Hessian:
     def _add(self, a: Tensor, b: Tensor) -> None:
         assert self._value is not None
         if self._dtype == torch.float32 and a.is_cuda and a.dtype == b.dtype != torch.float32:
-            self._value += torch.mm(a.T, b, out_dtype=torch.float32)
+            for value, left in zip(self._value.split(CHANNELS), a.T.split(CHANNELS), strict=True):
+                value += torch.mm(left, b, out_dtype=torch.float32)
         else:
             self._value.addmm_(a.T.to(self._dtype), b.to(self._dtype))
 

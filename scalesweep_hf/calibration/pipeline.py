@@ -116,12 +116,14 @@ class BlockWalk:
         check_statistics(self._model, statistics, names)
         return statistics
 
-    def observe_input(self, index: int, name: str) -> Statistics:
+    def observe_input(self, index: int, name: str, *, last: bool) -> Statistics:
         """Run a block, up to one of its Linears, on all batches and observe that Linear's input.
 
         Args:
             index: of the block, some of whose Linears may be quantized already.
             name: of the Linear.
+            last: whether it is the last of the block: the full-precision model's hidden states are
+                then taken through the block.
 
         Returns:
             Its statistics, with the inputs of the full-precision model where that is run beside.
@@ -137,7 +139,7 @@ class BlockWalk:
             stack.callback(module.register_forward_pre_hook(_stop).remove)
             for batch, hidden in enumerate(self.calls.hidden):
                 if self.exact is not None:
-                    exact.append(self._exact_input(index, batch, name))
+                    exact.append(self._exact_input(index, batch, name, last=last))
                 self._run_until_stopped(index, batch, hidden)
         check_statistics(self._model, statistics, [name])
         return statistics
@@ -153,9 +155,6 @@ class BlockWalk:
         with torch.no_grad():
             for batch, hidden in enumerate(self.calls.hidden):
                 self.calls.hidden[batch] = self._run(index, batch, hidden).to(hidden.device)
-                if self.exact is not None:
-                    exact = self.exact[batch]
-                    self.exact[batch] = self._run(index, batch, exact, self._twin).to(exact.device)
 
     def _run(
         self, index: int, batch: int, hidden: Tensor, block: nn.Module | None = None
@@ -165,12 +164,13 @@ class BlockWalk:
 
     def _run_until_stopped(
         self, index: int, batch: int, hidden: Tensor, block: nn.Module | None = None
-    ) -> None:
+    ) -> Tensor | None:
         with suppress(_Stopped):
-            self._run(index, batch, hidden, block)
+            return self._run(index, batch, hidden, block)
+        return None
 
-    def _exact_input(self, index: int, batch: int, name: str) -> Tensor:
-        """Return what enters a Linear of the full-precision block."""
+    def _exact_input(self, index: int, batch: int, name: str, *, last: bool) -> Tensor:
+        """Return what enters a Linear of the full-precision block; run on where it is the last."""
         assert self.exact is not None
         assert self._twin is not None
         twin = self._twin.get_submodule(name.removeprefix(f"{self.calls.names[index]}."))
@@ -178,13 +178,17 @@ class BlockWalk:
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs.append(args[0] if args else kwargs["input"])
-            raise _Stopped
+            if not last:
+                raise _Stopped
 
+        hidden = self.exact[batch]
         handle = twin.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            self._run_until_stopped(index, batch, self.exact[batch], self._twin)
+            after = self._run_until_stopped(index, batch, hidden, self._twin)
         finally:
             handle.remove()
+        if after is not None:
+            self.exact[batch] = after.to(hidden.device)
         return inputs.pop()
 
     def _block(self, index: int) -> nn.Module:

@@ -228,8 +228,6 @@ def quantize_group(
     Raises:
         ValueError: a weight is not finite, or the statistics that a recipe needs are missing.
     """
-    if rounding is not None:
-        weights = rounding.targets(weights)
     # The smallest range of the group leaves every member the headroom that its objective needs.
     widest = min((m.recipe.weights for m in modules), key=lambda name: OBJECTIVES[name].scale_range)
     amax = torch.stack([weight.abs().amax().float().cpu() for weight in weights]).amax()

@@ -19,25 +19,12 @@ class HessianRounding:
     """GPTQ, or GPTQ with its scales swept on the way.
 
     Attributes:
-        hessian: [K, K] of the input.
-        factor: of hessian, for "gptq-plus" in the order of its blocks.
+        factor: of the input's Hessian, for "gptq-plus" in the order of its blocks.
         plus: whether this is "gptq-plus".
-        cross: [K, K] of the full-precision model's input and this one, where "gptq-plus" moves its
-            target; None leaves the target.
     """
 
-    hessian: Tensor
     factor: Factor
     plus: bool = False
-    cross: Tensor | None = None
-
-    def targets(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """Return what is rounded instead of the weights [N, K] each."""
-        if not self.plus or self.cross is None:
-            return list(weights)
-        dtype = self.factor.lower.dtype
-        whole = shift_weight(torch.cat(list(weights)), self.hessian, self.cross, dtype=dtype)
-        return list(whole.split([len(weight) for weight in weights]))
 
     def round(
         self,
@@ -55,7 +42,7 @@ class HessianRounding:
         whole = torch.cat(list(weights))
         if self.plus:
             scale = tensor_scale.to(whole.device)
-            rounded = quantize_gptq_plus(whole, scale, self.hessian, self.factor)
+            rounded = quantize_gptq_plus(whole, scale, self.factor)
         else:
             rounded = quantize_gptq(whole, _stack(to_nearest()), self.factor)
         sizes = [len(weight) for weight in weights]
@@ -74,3 +61,11 @@ def _stack(parts: Sequence[NVFP4Tensor]) -> NVFP4Tensor:
         scales.view(torch.float8_e4m3fn),
         parts[0].tensor_scale,
     )
+
+
+def shift_weights(
+    weights: Sequence[Tensor], hessian: Tensor, cross: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
+    """Move weights [N, K] each as one; see `scalesweep_hf.ops.gptq_plus.shift_weight`."""
+    whole = shift_weight(torch.cat(list(weights)), hessian, cross, dtype=dtype)
+    return list(whole.split([len(weight) for weight in weights]))

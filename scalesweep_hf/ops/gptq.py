@@ -76,10 +76,12 @@ def factorize(
         raise ValueError("Hessian is zero: no calibration text gave this layer an input")
     alive = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal)
     order = diagonal.argsort(stable=True) if order is None else order
-    damped = hessian[order[:, None], order].to(dtype)
+    failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while True:
-        damped.diagonal().copy_(alive[order] + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # Transposed, it has the strides that LAPACK wants: the factor takes its place.
+        lower = hessian[order[:, None], order].to(dtype).T
+        lower.diagonal().copy_(alive[order] + damping * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             break
         if damping >= 1:
@@ -118,16 +120,16 @@ def quantize_gptq(weight: Tensor, start: NVFP4Tensor, factor: Factor) -> NVFP4Te
     step = max(ELEMENTS // weight.shape[-1], 1)
     for first in range(0, weight.shape[0], step):
         rows = slice(first, first + step)
-        scaled = weight[rows].to(torch.float32) / start.tensor_scale
-        codes = _ldlq(scaled, start.block_scale[rows], factor)
+        codes = _ldlq(weight[rows], start.tensor_scale, start.block_scale[rows], factor)
         packed[rows] = pack(codes)
     return NVFP4Tensor(packed, start.block_scale, start.tensor_scale)
 
 
-def _ldlq(x: Tensor, block_scale: Tensor, factor: Factor) -> Tensor:
-    """Return the codes [N, K] uint8 of x [N, K] float32, in units of the tensor scale."""
+def _ldlq(weight: Tensor, tensor_scale: Tensor, block_scale: Tensor, factor: Factor) -> Tensor:
+    """Return the codes [N, K] uint8 of a weight [N, K]."""
     order, lower = factor.order, factor.lower
-    error = x.T[order].to(lower.dtype)  # [K, N]: x, from which each column takes its rounding
+    # [K, N]: the scaled weight, from which each column takes its rounding.
+    error = (weight.T[order].to(torch.float32) / tensor_scale).to(lower.dtype)
     codes = torch.empty_like(error, dtype=torch.uint8)
     scale = block_scale.T.view(torch.uint8)  # [G, N]
     for stop in range(order.numel(), 0, -COLUMNS):

@@ -1,11 +1,10 @@
-"""GPTQ with the block scales swept on the way, a second look at every code, and a shifted target.
+"""GPTQ with the block scales swept on the way, and a shifted target.
 
-Three additions to `scalesweep_hf.ops.gptq`. The scale of a block is chosen when its turn comes, on
+Two additions to `scalesweep_hf.ops.gptq`. The scale of a block is chosen when its turn comes, on
 the weights as the columns before have changed them, by the loss that rounding the block column by
-column then makes; afterwards every code is chosen once more, given all others (coordinate descent;
-both `quantize_gptq_plus`). And before, the weight is moved towards the one that gives the
-full-precision output from the inputs of the quantized model (`shift_weight`; in the spirit of arXiv
-2504.02692, which folds it into the rounding).
+column then makes (`quantize_gptq_plus`). And before, the weight is moved towards the one that gives
+the full-precision output from the inputs of the quantized model (`shift_weight`; in the spirit of
+arXiv 2504.02692, which folds it into the rounding).
 """
 
 import torch
@@ -54,7 +53,8 @@ def shift_weight(
         ValueError: as `factorize`.
     """
     factor = factorize(hessian, damping=SHIFT_DAMPING, dtype=dtype)
-    moved = weight.to(dtype) @ (cross - hessian).to(dtype)  # [N, K]
+    w = weight.to(dtype)
+    moved = w @ cross.to(dtype) - w @ hessian.to(dtype)  # [N, K]
     solved = torch.linalg.solve_triangular(factor.lower, moved.T[factor.order], upper=False)
     solved = solved / factor.pivots[:, None]
     solved = torch.linalg.solve_triangular(factor.lower.T, solved, upper=True, unitriangular=True)
@@ -63,16 +63,13 @@ def shift_weight(
     return weight.to(torch.float32) + STRENGTH * shift.to(torch.float32)
 
 
-def quantize_gptq_plus(
-    weight: Tensor, tensor_scale: Tensor, hessian: Tensor, factor: Factor
-) -> NVFP4Tensor:
+def quantize_gptq_plus(weight: Tensor, tensor_scale: Tensor, factor: Factor) -> NVFP4Tensor:
     """Round a weight and choose its block scales, minimising the output error.
 
     Args:
         weight: [N, K] floating, finite; not changed.
         tensor_scale: [] float32 > 0.
-        hessian: [K, K] X^T X of the Linear's inputs.
-        factor: of hessian, in the order of `block_order`.
+        factor: of the Hessian [K, K] of the Linear's inputs, in the order of `block_order`.
 
     Returns:
         The packed weight.
@@ -81,8 +78,8 @@ def quantize_gptq_plus(
         ValueError: a shape does not fit.
     """
     n, k = weight.shape
-    if hessian.shape != (k, k) or factor.order.shape != (k,):
-        raise ValueError(f"weight {[n, k]} and Hessian {list(hessian.shape)} do not fit")
+    if factor.order.shape != (k,):
+        raise ValueError(f"weight {[n, k]} and {factor.order.numel()} channels do not fit")
     packed = weight.new_empty((n, k // 2), dtype=torch.uint8)
     block_scale = weight.new_empty((n, k // BLOCK), dtype=torch.uint8)
     step = max(ELEMENTS // k, 1)
@@ -90,7 +87,6 @@ def quantize_gptq_plus(
         rows = slice(first, first + step)
         x = (weight[rows].to(torch.float32) / tensor_scale).T.to(factor.lower.dtype)  # [K, n]
         values, scale = _sweeping_ldlq(x, factor)
-        values = _descend(x, values, e4m3.decode(scale).to(x.dtype), hessian, factor.damping)
         packed[rows] = pack(e2m1.encode(values).T)
         block_scale[rows] = scale.T
     return NVFP4Tensor(packed, block_scale.view(torch.float8_e4m3fn), tensor_scale)
@@ -145,39 +141,3 @@ def _sweep_block(target: Tensor, coupled: Tensor, pivots: Tensor) -> tuple[Tenso
     best = cost.argmin(0, keepdim=True)  # [1, N]; the smaller scale of equals
     chosen = values.gather(1, best.expand(BLOCK, -1, -1))[:, 0]
     return chosen, codes.gather(0, best)[0]
-
-
-def _descend(x: Tensor, values: Tensor, scale: Tensor, hessian: Tensor, damping: float) -> Tensor:
-    """Choose every code once more, given all others; the damped error never grows.
-
-    With v = values * scale and e = x - v, the best v_k, given the others, is
-    ``v_k + (H e)_k / H_kk``.
-
-    Args:
-        x: [K, N] in units of the tensor scale.
-        values: [K, N] E2M1 values.
-        scale: [G, N] block scales.
-        hessian: [K, K].
-        damping: as `factorize` used it.
-
-    Returns:
-        [K, N] E2M1 values.
-    """
-    ridge = damping * hessian.diagonal().to(x.dtype).mean()
-    scale = scale.repeat_interleave(BLOCK, dim=0)  # [K, N]
-    values = values.clone()
-    error = x - values * scale
-    for start in range(0, len(x), COLUMNS):
-        part = slice(start, start + COLUMNS)
-        rows = hessian[part].to(x.dtype, copy=True)  # [C, K]
-        coupled = rows[:, part]
-        coupled.diagonal().add_(ridge)
-        pull = rows @ error  # [C, N]
-        for k in range(len(rows)):
-            old = values[part][k] * scale[part][k]
-            best = old + pull[k] / coupled[k, k]
-            values[part][k] = e2m1.round_to_e2m1(best / scale[part][k])
-            change = values[part][k] * scale[part][k] - old
-            error[part][k] -= change
-            pull.addr_(coupled[:, k], change, alpha=-1.0)
-    return values

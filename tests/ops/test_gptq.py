@@ -16,10 +16,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(k: int, rows: int = 1024) -> Tensor:
-    """Return [T, K] with channels of unequal size that are coupled."""
+def inputs(k: int, rows: int = 1024, spread: float = 1.0) -> Tensor:
+    """Return [T, K] with channels that are coupled, their sizes 10**-spread...10**spread."""
     mix = torch.eye(k) + 2.0 * normal(k, k, seed=2) / k**0.5
-    x: Tensor = normal(rows, k, seed=1) @ mix * torch.logspace(-1, 1, k)[torch.randperm(k)]
+    x: Tensor = (
+        normal(rows, k, seed=1) @ mix * torch.logspace(-spread, spread, k)[torch.randperm(k)]
+    )
     return x
 
 

@@ -22,32 +22,29 @@ def scale_of(weight: Tensor) -> Tensor:
 
 def plus(weight: Tensor, hessian: Tensor, dtype: torch.dtype = torch.float32) -> NVFP4Tensor:
     factor = factorize(hessian, order=block_order(hessian), dtype=dtype)
-    return quantize_gptq_plus(weight, scale_of(weight), hessian, factor)
+    return quantize_gptq_plus(weight, scale_of(weight), factor)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_less_output_error_than_gptq_on_the_best_scales(dtype: torch.dtype) -> None:
-    weight, x = normal(96, 256), inputs(256)
+    weight, x = normal(96, 256), inputs(256, spread=0.3)
     hessian = x.T @ x
     rounded = {
         objective: quantize_gptq(weight, start_of(weight, objective, hessian), factorize(hessian))
         for objective in ("mse", "wmse", "hessian")
     }
     best = min(output_error(x, weight, result) for result in rounded.values())
-    assert output_error(x, weight, plus(weight, hessian, dtype)) < 0.95 * best
+    assert output_error(x, weight, plus(weight, hessian, dtype)) < best
 
 
-def test_each_addition_lowers_the_output_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeping_on_the_way_lowers_the_output_error(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, x = normal(96, 256), inputs(256)
     hessian = x.T @ x
-    both = output_error(x, weight, plus(weight, hessian))
-    monkeypatch.setattr(gptq_plus, "_descend", lambda x, values, *args: values)
     swept = output_error(x, weight, plus(weight, hessian))
-    assert both < 0.98 * swept
     # AbsMax scales alone, in the same order of columns.
     monkeypatch.setattr(gptq_plus, "LOW", 0)
     monkeypatch.setattr(gptq_plus, "HIGH", 0)
-    assert swept < 0.95 * output_error(x, weight, plus(weight, hessian))
+    assert swept < 0.9 * output_error(x, weight, plus(weight, hessian))
 
 
 def test_without_couplings_it_is_the_sweep_of_the_squared_error() -> None:
@@ -122,7 +119,5 @@ def test_equal_inputs_move_nothing() -> None:
 
 
 def test_shapes_that_do_not_fit_raise() -> None:
-    with pytest.raises(ValueError, match=r"weight \[4, 32\] and Hessian \[16, 16\] do not fit"):
-        quantize_gptq_plus(
-            normal(4, 32), torch.tensor(1.0), torch.eye(16), factorize(torch.eye(16))
-        )
+    with pytest.raises(ValueError, match=r"weight \[4, 32\] and 16 channels do not fit"):
+        quantize_gptq_plus(normal(4, 32), torch.tensor(1.0), factorize(torch.eye(16)))
