@@ -22,8 +22,9 @@ from scalesweep_hf.statistics import make_tokens, observed_by
 from scalesweep_hf.targets import group_by_input, linears
 from scalesweep_hf.version import __version__
 
-# Tokens in one forward pass of a block, unless the user sets batch_size.
-BATCH_TOKENS = 4096
+# Elements of hidden states in one forward pass of a block, unless the user sets batch_size: 4,096
+# tokens of a 1 B model. What a block computes inside is about ten times as much.
+BATCH_ELEMENTS = 1 << 23
 # Fields that change neither a checkpoint's tensors nor its recipe.
 INCIDENTAL = ("backend", "packed_cache", "offload_hidden_states", "resume_dir", "pipeline")
 
@@ -53,7 +54,8 @@ def quantize_blockwise(
     if config.resume_dir is not None:
         resume = ResumeFolder(config.resume_dir, _describe(model, config))
     tokens, provenance = _tokens(model, config, resume)
-    batches = tokens.split(config.batch_size or max(BATCH_TOKENS // tokens.shape[1], 1))
+    row = tokens.shape[1] * model.config.get_text_config().hidden_size
+    batches = tokens.split(config.batch_size or max(BATCH_ELEMENTS // row, 1))
     store = torch.device("cpu") if config.offload_hidden_states else None
     calls = record_calls(model, blocks, batches, run, store=store)
     devices = {name: _execution_device(model.get_submodule(name)) for name in blocks}

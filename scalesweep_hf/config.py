@@ -69,7 +69,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         num_samples: calibration rows at the most.
         sequence_length: tokens a row, clipped to what the model takes.
         seed: of the sampling or shuffling of calibration data.
-        batch_size: calibration rows per forward pass; None picks 8, and 32 for writing text.
+        batch_size: calibration rows per forward pass; None picks 8, or as many as make 2**23
+            elements of hidden states block by block, and 32 for writing text.
         statistics: path of a file that `Statistics.save` wrote; replaces calibration, so that
             weights are quantized as they are read and the full-precision model never exists in
             memory.

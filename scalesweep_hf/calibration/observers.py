@@ -5,8 +5,8 @@ from torch import Tensor
 
 from scalesweep_hf.ops.sweep import BLOCK
 
-# Elements of inputs held in the dtype of a Hessian at a time, and rows of it computed at a time.
-ELEMENTS = 1 << 24
+# Elements of inputs that are cast at a time, and rows of a Hessian computed at a time.
+ELEMENTS = 1 << 22
 CHANNELS = 1024
 
 
@@ -19,7 +19,8 @@ class AbsMax:
 
     def update(self, x: Tensor) -> None:
         """Take in a batch [..., K]."""
-        largest = x.detach().abs().amax().to(torch.float32)
+        low, high = x.detach().aminmax()
+        largest = torch.maximum(-low, high).to(torch.float32)
         self._value = largest if self._value is None else torch.maximum(self._value, largest)
 
     @property
@@ -31,7 +32,7 @@ class AbsMax:
 class ChannelSquare:
     """The sum over tokens of the squares of every channel: the diagonal of X^T X (eq. 11).
 
-    Each batch is summed in float32, the batches in float64.
+    A part of each batch is summed in float32, the parts in float64.
     """
 
     def __init__(self) -> None:
@@ -40,9 +41,10 @@ class ChannelSquare:
 
     def update(self, x: Tensor) -> None:
         """Take in a batch [..., K]."""
-        rows = x.detach().reshape(-1, x.shape[-1]).to(torch.float32)  # [T, K]
-        total = rows.square().sum(0).to(torch.float64)
-        self._value = total if self._value is None else self._value + total
+        k = x.shape[-1]
+        for rows in x.detach().reshape(-1, k).split(max(ELEMENTS // k, 1)):  # [T, K]
+            total = rows.to(torch.float32).square().sum(0).to(torch.float64)
+            self._value = total if self._value is None else self._value + total
 
     @property
     def value(self) -> Tensor:

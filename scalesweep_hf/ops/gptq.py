@@ -70,7 +70,7 @@ def factorize(
         raise ValueError(f"damping is {damping!r}; it must be > 0 and <= 1")
     diagonal = hessian.diagonal().to(dtype)
     mean = diagonal.mean()
-    if not torch.isfinite(hessian.sum(dtype=torch.float64)):
+    if not torch.isfinite(torch.stack(hessian.aminmax())).all():
         raise ValueError("Hessian is not finite: the layer's inputs overflowed in calibration")
     if not mean > 0:
         raise ValueError("Hessian is zero: no calibration text gave this layer an input")
