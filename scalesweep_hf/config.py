@@ -391,10 +391,15 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         Returns:
             The config; with return_unused_kwargs also the kwargs that are no fields.
         """
-        names = inspect.signature(cls.__init__).parameters.keys()
-        known = {name: kwargs.pop(name) for name in list(kwargs) if name in names}
+        known = {name: kwargs.pop(name) for name in list(kwargs) if name in cls.choices()}
         config = cls(**(config_dict | known))
         return (config, kwargs) if return_unused_kwargs else config
+
+    @classmethod
+    def choices(cls) -> tuple[str, ...]:
+        """Return the names of the fields that a user chooses."""
+        names = inspect.signature(cls.__init__).parameters
+        return tuple(name for name in names if name not in ("self", "kwargs"))
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> "ScaleSweepConfig":

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "kernels": {"ops"},
     "modules": {"ops", "kernels"},
     "calibration": {"ops", "kernels", "names"},
-    "evaluate": {"ops", "kernels", "modules", "calibration", "version"},
+    "evaluate": {"ops", "kernels", "modules", "calibration", "config", "version"},
     "config": {"ops", "kernels", "names", "version"},
     "names": set[str](),
 }

@@ -1,0 +1,162 @@
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from scalesweep_hf import ScaleSweepConfig, __version__, cli
+from tests.conftest import ROOT
+from tests.models import load, random_tokens
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    out = capsys.readouterr()
+    code = end.value.code
+    assert isinstance(code, int)
+    return code, out.out, out.err
+
+
+PLAIN = ("--scheme", "W", "--objective", "mse", "--device-map", "cpu")
+
+
+def test_quantize_saves_what_from_pretrained_makes(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_model("llama")
+    code, out, _ = run(capsys, "quantize", folder, tmp_path / "out", *PLAIN, "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert summary["linears"] == 14
+    assert summary["bits_per_weight"] == pytest.approx(4.5, abs=0.01)
+    assert summary["weights"] == 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 96)
+    config = ScaleSweepConfig(scheme="W", objective="mse", dataset=None)
+    expected = load(folder, quantization_config=config, device_map="cpu")
+    ids = random_tokens(1, 8)
+    with torch.no_grad():
+        saved = load(tmp_path / "out")(input_ids=ids).logits
+        assert torch.equal(saved, expected(input_ids=ids).logits)
+    assert not list(tmp_path.glob("*.part"))
+    code, again, _ = run(capsys, "inspect", tmp_path / "out", "--json")
+    assert json.loads(again).items() <= summary.items()
+
+
+def test_options_beat_the_config_file(
+    trained_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.yaml").write_text("scheme: WA\nobjective: wmse\nnum_samples: 2\n")
+    code, _, _ = run(
+        capsys,
+        *("quantize", trained_model, tmp_path / "out", "--config", tmp_path / "c.yaml"),
+        *("--objective", "mse", "--window", "-2,5", "--sequence-length", "32", "--seed", "3"),
+        *("--overrides", '{"*.down_proj": {"activations": null}}', "--device-map", "cpu"),
+        *("--modules-to-not-convert", "*.o_proj", "--modules-to-not-convert", "*.up_proj"),
+    )
+    assert code == 0
+    config = load(tmp_path / "out").config.quantization_config
+    assert (config.scheme, config.objective, config.window) == ("WA", "mse", (-2, 5))
+    assert config.calibration["num_samples"] == 2
+    assert config.modules_to_not_convert == ["*.o_proj", "*.up_proj"]
+    assert config.overrides == {"*.down_proj": {"activations": None}}
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_every_field_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    parameters = inspect.signature(cli.quantize).parameters
+    assert set(ScaleSweepConfig.choices()) - {"dequantize"} <= set(parameters)
+    code, out, _ = run(capsys, "quantize", "--help")
+    assert code == 0
+    assert "--num-samples" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["quantize", "{model}", "{out}", "--scheme", "X"], 1, "Error: scheme is 'X'; use one of"),
+        (["quantize", "{model}", "{here}"], 1, "exists: name a new folder"),
+        (["quantize", "{model}", "{out}", "--overrides", "{{"], 1, "--overrides is no JSON"),
+        (["quantize", "{model}", "{out}", "--config", "{list}"], 1, "holds a list; expected"),
+        (["quantize", "{out}", "{out}2", "--scheme", "W"], 1, "Error: "),
+        (["quantize", "{model}"], 2, "Missing argument"),
+        (["quantize", "{model}", "{out}", "--num-samples", "many"], 2, "Error"),
+        (["inspect", "{model}"], 1, "is not quantized by 'scalesweep': its quant_method is None"),
+        (["inspect", "{out}"], 1, "has no config.json: name the folder of a checkpoint"),
+        (["eval"], 1, "name a model, or a plan with --table"),
+        (["eval", "{model}"], 1, "nothing to measure: give --tasks, --heldout or --table"),
+        (["eval", "--table", "{list}"], 1, "expected a mapping"),
+    ],
+)
+def test_errors_are_one_line_with_the_remedy(
+    arguments: list[str],
+    code: int,
+    message: str,
+    random_model: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "list.yaml").write_text("- a")
+    places = {
+        "model": random_model("llama"),
+        "out": tmp_path / "out",
+        "here": tmp_path,
+        "list": tmp_path / "list.yaml",
+    }
+    found, _, err = run(capsys, *(argument.format(**places) for argument in arguments))
+    assert found == code
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+    if code == 1:
+        assert err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        cli.main(["inspect", str(tmp_path), "--debug"])
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "--version")[:2] == (0, f"{__version__}\n")
+
+
+def test_eval_measures_perplexity_and_kl(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"t": random_tokens(3, 16)}, tmp_path / "t.safetensors")
+    run(capsys, "quantize", random_model("llama"), tmp_path / "q", *PLAIN)
+    heldout = ("--heldout", tmp_path / "t.safetensors", "--reference", random_model("llama"))
+    code, out, _ = run(capsys, "eval", tmp_path / "q", *heldout, "--json")
+    assert code == 0
+    assert json.loads(out)["kl"] > 0
+    (tmp_path / "c.yaml").write_text("{scheme: W, objective: mse, dataset: null}")
+    on_load = ("--config", tmp_path / "c.yaml", "--output", tmp_path / "r.json")
+    code, _, _ = run(capsys, "eval", random_model("llama"), *heldout, *on_load)
+    assert json.loads((tmp_path / "r.json").read_text())["kl"] == json.loads(out)["kl"]
+
+
+def test_a_table_is_run_and_printed(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"t": random_tokens(2, 16)}, tmp_path / "t.safetensors")
+    (tmp_path / "plan.yaml").write_text(
+        "models: [MODEL]\nschemes: [W]\nalgorithms: [rtn]\nobjectives: [mse]\n"
+    )
+    arguments = [
+        *("eval", random_model("llama"), "--table", tmp_path / "plan.yaml"),
+        *("--heldout", tmp_path / "t.safetensors", "--output", tmp_path / "out"),
+    ]
+    code, out, _ = run(capsys, *arguments, "--dry-run")
+    assert code == 0
+    assert out.startswith("2 cells, 0 of them done")
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert out == (tmp_path / "out" / "table.md").read_text() + "\n"
+    assert out.count("\n") == 5
+
+
+def test_the_script_is_installed() -> None:
+    assert 'scalesweep = "scalesweep_hf.cli:main"' in (ROOT / "pyproject.toml").read_text()
