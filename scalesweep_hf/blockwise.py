@@ -1,9 +1,11 @@
 """Quantize a loaded model block by block: the glue around `calibration.pipeline`."""
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -15,6 +17,7 @@ from scalesweep_hf.calibration.resume import ResumeFolder, model_digest
 from scalesweep_hf.calibration.run import make_runner
 from scalesweep_hf.config import ScaleSweepConfig
 from scalesweep_hf.modules import attention
+from scalesweep_hf.modules.linear import share_input_importance
 from scalesweep_hf.names import canonical_name
 from scalesweep_hf.packing import GroupPacker, without_hooks
 from scalesweep_hf.states import fill_states, hooked, weigh_values
@@ -125,11 +128,10 @@ class BlockQuantizer:
     ) -> dict[str, int]:
         """Quantize a block group by group, each from the quantized output of those before it."""
         shared_inputs = dict(self.walk.probe(index, names).shared_inputs)
-        groups = self._group(names, shared_inputs)
-        for group in groups:
-            last = group is groups[-1]
-            self.packer.statistics = self.walk.observe_input(index, group[0], last=last)
+        for group in self._group(names, shared_inputs):
+            self.packer.statistics = self.walk.observe_input(index, group[0])
             self.packer.pack(self.model, group)
+            share_input_importance([self.model.get_submodule(name) for name in group])
         self._finish(self.walk.observe(index, [], states) if states else Statistics(), states)
         return shared_inputs
 
@@ -237,9 +239,16 @@ def _tokens(
 def _describe(model: PreTrainedModel, config: ScaleSweepConfig) -> dict[str, Any]:
     """Return what decides the bytes of a quantized model, in JSON types."""
     recipe = {key: value for key, value in config.to_dict().items() if key not in INCIDENTAL}
+    about = json.loads(model.config.to_json_string(use_diff=False))
+    for name in ("_name_or_path", "quantization_config", "transformers_version"):
+        about.pop(name, None)
     return {
         "model": model_digest(model),
+        "config": about,
+        "attention": model.config._attn_implementation,
+        "device": str(model.device),
         "recipe": recipe,
         "scalesweep_hf": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }

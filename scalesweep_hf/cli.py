@@ -1,4 +1,4 @@
-"""The command line: ``scalesweep quantize | eval | inspect``."""
+"""The command line: ``scalesweep quantize | eval | report | inspect``."""
 
 import json
 import resource
@@ -190,6 +190,40 @@ def evaluate(
         flat |= {f"{task} {metric}": value for metric, value in metrics.items()}
     show(model, result if as_json else flat, as_json)
     return None
+
+
+@app.command(epilog="Example: scalesweep report MODEL --output report.html --text notes.jsonl")
+def report(
+    model: Model,
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    text: Annotated[
+        str, typer.Option(help="self, a text file, or token ids FILE.safetensors:NAME.")
+    ] = "self",
+    rows: Annotated[int, typer.Option(help="Rows of text.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    modules_to_not_convert: Annotated[
+        list[str] | None, typer.Option(help="Name pattern to leave out; may be repeated.")
+    ] = None,
+    device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show how a full-precision MODEL quantizes, in one HTML file.
+
+    How near every way of choosing scales comes to the best, which scales are chosen, which layers
+    matter, and what memory is saved.
+    """
+    from scalesweep_hf.evaluate.study import study
+
+    gaps, sensitivity, size, about = study(
+        model, text, rows=rows, length=length, skips=modules_to_not_convert, device_map=device_map
+    )
+    from scalesweep_hf.evaluate.report import to_json, write_report
+
+    write_report(output, about=about, gaps=gaps, sensitivity=sensitivity, size=size)
+    if as_json:
+        typer.echo(to_json(gaps, sensitivity, size))
+    else:
+        typer.echo(f"{output}: {len(gaps)} rows, {output.stat().st_size / 1e3:.0f} kB")
 
 
 @app.command(epilog="Example: scalesweep inspect MODEL")

@@ -39,7 +39,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "hessian" (least output error, channels of a block coupled; for weights: activations,
             keys, values and queries are then swept by "wmse").
         algorithm: "rtn" rounds weights to nearest; "gptq" rounds them column by column, each for
-            what the others lost, against the inputs that the already quantized model makes;
+            what the others lost, against the inputs that the already quantized blocks make;
             "gptq-plus" also sweeps the scales of weights on the way (objective then says how
             everything else is swept), and moves its target towards the full-precision model's
             output, for which that model runs beside the quantized one.
@@ -253,6 +253,19 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 "propagate_quantized is False, but algorithm 'gptq-plus' quantizes in order: drop "
                 "it, or use algorithm 'gptq'"
             )
+        if self.algorithm == "gptq-plus" and self.pipeline == "model":
+            raise ValueError(
+                "pipeline is 'model', but algorithm 'gptq-plus' quantizes block by block: drop it, "
+                "or use algorithm 'gptq'"
+            )
+        if not self.uses_hessians:
+            unused: dict[str, Any] = {"gptq_damping": None, "gptq_dtype": "float32"}
+            for name, default in unused.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} is {getattr(self, name)!r}, but algorithm is 'rtn': drop it, or "
+                        "use algorithm 'gptq'"
+                    )
         if self.quantized_modules is not None or self.block_by_block:
             return
         fields = {"resume_dir": None, "offload_hidden_states": False, "propagate_quantized": True}

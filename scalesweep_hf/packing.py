@@ -111,7 +111,9 @@ class GroupPacker:
         home = weights[0].device
         try:
             rounding = None
-            if seen is not None and seen.hessian is not None:
+            if self._gptq is not None:
+                assert seen is not None
+                assert seen.hessian is not None
                 weights = [weight.to(seen.hessian.device) for weight in weights]
                 rounding, weights = self._rounding(", ".join(group), seen, weights)
                 seen = self._forget_hessian(model, group)

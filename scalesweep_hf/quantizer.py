@@ -269,11 +269,13 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             try:
                 return quantize_blockwise(model, config, self.packer)
             except NotBlockwiseError as error:
-                if config.pipeline == "block":
+                if config.pipeline == "block" or config.resume_dir is not None:
                     raise
+                lost = ", and neither shifts targets nor quantizes in order"
                 logger.warning(
                     f"{type(model).__name__} is not quantized block by block: {error}. The whole "
-                    "model is calibrated at once, which needs memory for all its Hessians."
+                    "full-precision model is calibrated at once, which needs memory for all its "
+                    f"Hessians{lost if config.in_order else ''}."
                 )
         self.packer.statistics = run(model, list(linears(model)), config, observed_by(config))
         return None

@@ -51,6 +51,8 @@ def load(folder: Path, **kwargs: Any) -> Any:
     auto = tf.AutoModelForCausalLM
     if "bert" in (folder / "config.json").read_text():
         auto = tf.AutoModelForSequenceClassification
+    if "llava" in (folder / "config.json").read_text():
+        auto = tf.AutoModelForImageTextToText
     return auto.from_pretrained(folder, **kwargs)
 
 

@@ -18,7 +18,9 @@ MAY_IMPORT = {
     "kernels": {"ops"},
     "modules": {"ops", "kernels"},
     "calibration": {"ops", "kernels", "names"},
-    "evaluate": {"ops", "kernels", "modules", "calibration", "config", "version"},
+    "evaluate": {
+        *("ops", "kernels", "modules", "calibration", "config", "names", "targets", "version"),
+    },
     "config": {"ops", "kernels", "names", "version"},
     "names": set[str](),
 }

@@ -94,8 +94,9 @@ def expected_bytes(args: argparse.Namespace, config: LlamaConfig) -> tuple[int, 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
     inputs = 3 * config.hidden_size**2 + config.intermediate_size**2
-    states = args.rows * args.length * config.hidden_size * (1 + (args.algorithm == "gptq-plus"))
-    return 2 * parameters, 4 * inputs, 2 * states
+    streams = 2 if args.algorithm == "gptq-plus" else 1
+    states = args.rows * args.length * config.hidden_size * streams
+    return 2 * parameters, 4 * inputs * streams, 2 * states
 
 
 class _Enough(Exception):  # noqa: N818 (no error)

@@ -79,6 +79,7 @@ def check_chain(model: nn.Module, names: Sequence[str], run: Callable[[Tensor], 
 
     Raises:
         NotBlockwiseError: the blocks do not form a chain of hidden states; says why.
+        ValueError: hidden states are not finite.
     """
     tokens = torch.arange(PROBE_TOKENS)[None]  # [1, T]
     ran: list[str] = []
@@ -100,16 +101,19 @@ def check_chain(model: nn.Module, names: Sequence[str], run: Callable[[Tensor], 
     if not all(isinstance(output, Tensor) for output in outputs):
         raise NotBlockwiseError(f"its blocks return more than hidden states ({names[0]})")
     calls = record_calls(model, names, [tokens], run)
-    hidden = calls.hidden[0]
-    for name, call, expected in zip(names, calls.arguments[0], outputs, strict=True):
-        with torch.no_grad():
-            hidden = run_block(model.get_submodule(name), hidden, call, hidden.device)
-        error = (hidden.to(expected.device) - expected).float().norm()
-        if not error <= TOLERANCE * expected.float().norm():
-            raise NotBlockwiseError(
-                f"its blocks alone give other hidden states than the whole model ({name}): they "
-                "read more than their arguments"
-            )
+    for _ in range(2):  # again, since a block may change what it is given
+        hidden = calls.hidden[0]
+        for name, call, expected in zip(names, calls.arguments[0], outputs, strict=True):
+            with torch.no_grad():
+                hidden = run_block(model.get_submodule(name), hidden, call, hidden.device)
+            if not torch.isfinite(expected).all():
+                raise ValueError(f"{name}: its output is not finite: check the model's weights")
+            error = (hidden.to(expected.device) - expected).float().norm()
+            if not error <= TOLERANCE * expected.float().norm():
+                raise NotBlockwiseError(
+                    f"its blocks alone give other hidden states than the whole model ({name}): "
+                    "they read or change more than their arguments"
+                )
 
 
 def record_calls(

@@ -116,14 +116,12 @@ class BlockWalk:
         check_statistics(self._model, statistics, names)
         return statistics
 
-    def observe_input(self, index: int, name: str, *, last: bool) -> Statistics:
+    def observe_input(self, index: int, name: str) -> Statistics:
         """Run a block, up to one of its Linears, on all batches and observe that Linear's input.
 
         Args:
             index: of the block, some of whose Linears may be quantized already.
             name: of the Linear.
-            last: whether it is the last of the block: the full-precision model's hidden states are
-                then taken through the block.
 
         Returns:
             Its statistics, with the inputs of the full-precision model where that is run beside.
@@ -139,7 +137,7 @@ class BlockWalk:
             stack.callback(module.register_forward_pre_hook(_stop).remove)
             for batch, hidden in enumerate(self.calls.hidden):
                 if self.exact is not None:
-                    exact.append(self._exact_input(index, batch, name, last=last))
+                    exact.append(self._exact_input(index, batch, name))
                 self._run_until_stopped(index, batch, hidden)
         check_statistics(self._model, statistics, [name])
         return statistics
@@ -151,10 +149,14 @@ class BlockWalk:
             return self._run(index, 0, self._entry)
 
     def advance(self, index: int) -> None:
-        """Take the hidden states through a block as it is now."""
+        """Take the hidden states through a block as it is now; exact ones through what it was."""
         with torch.no_grad():
             for batch, hidden in enumerate(self.calls.hidden):
                 self.calls.hidden[batch] = self._run(index, batch, hidden).to(hidden.device)
+            for batch, hidden in enumerate(self.exact or ()):
+                assert self.exact is not None
+                after = self._run(index, batch, hidden, self._twin)
+                self.exact[batch] = after.to(hidden.device)
 
     def _run(
         self, index: int, batch: int, hidden: Tensor, block: nn.Module | None = None
@@ -164,13 +166,12 @@ class BlockWalk:
 
     def _run_until_stopped(
         self, index: int, batch: int, hidden: Tensor, block: nn.Module | None = None
-    ) -> Tensor | None:
+    ) -> None:
         with suppress(_Stopped):
-            return self._run(index, batch, hidden, block)
-        return None
+            self._run(index, batch, hidden, block)
 
-    def _exact_input(self, index: int, batch: int, name: str, *, last: bool) -> Tensor:
-        """Return what enters a Linear of the full-precision block; run on where it is the last."""
+    def _exact_input(self, index: int, batch: int, name: str) -> Tensor:
+        """Return what enters a Linear of the full-precision block."""
         assert self.exact is not None
         assert self._twin is not None
         twin = self._twin.get_submodule(name.removeprefix(f"{self.calls.names[index]}."))
@@ -178,17 +179,13 @@ class BlockWalk:
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs.append(args[0] if args else kwargs["input"])
-            if not last:
-                raise _Stopped
+            raise _Stopped
 
-        hidden = self.exact[batch]
         handle = twin.register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            after = self._run_until_stopped(index, batch, hidden, self._twin)
+            self._run_until_stopped(index, batch, self.exact[batch], self._twin)
         finally:
             handle.remove()
-        if after is not None:
-            self.exact[batch] = after.to(hidden.device)
         return inputs.pop()
 
     def _block(self, index: int) -> nn.Module:

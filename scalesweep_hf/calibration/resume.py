@@ -38,13 +38,17 @@ class ResumeFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / RUN
         if not file.is_file():
-            if others := sorted(entry.name for entry in self.path.iterdir()):
+            entries = sorted(entry.name for entry in self.path.iterdir())
+            if others := [name for name in entries if name != f"{RUN}.part"]:
                 raise ValueError(
                     f"resume_dir {str(path)!r} holds other files ({others[0]}): use an empty folder"
                 )
             _write(file, lambda part: part.write_text(json.dumps(run, indent=2)))
         before = json.loads(file.read_text())
-        differing = [key for key in run | before if run.get(key) != before.get(key)]
+        # As text, since the order of overrides counts.
+        differing = [
+            key for key in run | before if json.dumps(run.get(key)) != json.dumps(before.get(key))
+        ]
         if differing:
             key = differing[0]
             raise ValueError(
@@ -103,12 +107,14 @@ class ResumeFolder:
             shared_inputs: of its Linears, as in `Statistics`.
             hidden: the hidden states that left it, a batch each.
         """
-        batches = {f"{batch:06}": states.cpu() for batch, states in enumerate(hidden)}
+        batches = {f"{i:06}": states.cpu().contiguous() for i, states in enumerate(hidden)}
         _write(self._hidden(index + 1), lambda part: save_file(batches, part))
         metadata = {"shared_inputs": json.dumps(shared_inputs)}
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         _write(self._block(index), lambda part: save_file(on_cpu, part, metadata))
-        self._hidden(index).unlink(missing_ok=True)
+        for old in self.path.glob("hidden-*.safetensors"):
+            if old != self._hidden(index + 1):
+                old.unlink()
 
     def load_block(self, index: int) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Return the tensors and shared inputs that `save_block` was given."""

@@ -64,8 +64,11 @@ def make_runner(model: nn.Module, names: Iterable[str] | None) -> Callable[[Tens
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is not None and embeddings.weight.device.type != "meta":
         device = embeddings.weight.device
-    # A cache would be thrown away after every batch.
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    # A cache would be thrown away after every batch. (Multimodal models have the field in the
+    # config of their text model.)
+    config = getattr(model, "config", None)
+    text = getattr(config, "get_text_config", lambda: config)()
+    options = {"use_cache": False} if hasattr(text, "use_cache") else {}
     return lambda batch: runner(input_ids=batch.to(device=device, dtype=torch.int64), **options)
 
 

@@ -231,6 +231,8 @@ def quantize_group(
     # The smallest range of the group leaves every member the headroom that its objective needs.
     widest = min((m.recipe.weights for m in modules), key=lambda name: OBJECTIVES[name].scale_range)
     amax = torch.stack([weight.abs().amax().float().cpu() for weight in weights]).amax()
+    if not torch.isfinite(amax):
+        raise ValueError(f"max|weight| is {amax.item()}: NVFP4 has no NaN or infinity")
     weight_scale_2 = compute_tensor_scale(amax, widest)
     input_scale = _input_scale(modules, input_absmax)
 

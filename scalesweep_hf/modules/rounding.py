@@ -35,7 +35,7 @@ class HessianRounding:
         """Round weights [N, K] each.
 
         Args:
-            weights: what `targets` returned.
+            weights: as they are, or as `shift_weights` moved them.
             tensor_scale: [] float32, of all of them.
             to_nearest: quantizes the weights in the plain way, whose block scales GPTQ keeps.
         """

@@ -73,7 +73,10 @@ def factorize(
     if not torch.isfinite(torch.stack(hessian.aminmax())).all():
         raise ValueError("Hessian is not finite: the layer's inputs overflowed in calibration")
     if not mean > 0:
-        raise ValueError("Hessian is zero: no calibration text gave this layer an input")
+        raise ValueError(
+            "Hessian is zero: the layer's inputs were all zero in calibration; add it to "
+            "modules_to_not_convert, or use other text"
+        )
     alive = torch.where(diagonal == 0, torch.ones_like(diagonal), diagonal)
     order = diagonal.argsort(stable=True) if order is None else order
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)

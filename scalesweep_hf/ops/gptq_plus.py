@@ -105,9 +105,8 @@ def _sweeping_ldlq(x: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
         for last in range(len(target), 0, -BLOCK):
             block = slice(last - BLOCK, last)
             where = order[part][block]
-            found, code = _sweep_block(
-                target[block], coupled[block, block], factor.pivots[part][block]
-            )
+            x_block, pivots = error[part][block], factor.pivots[part][block]
+            found, code = _sweep_block(x_block, target[block], coupled[block, block], pivots)
             values[where] = found
             codes[where[0] // BLOCK] = code
             error[part][block] -= found * e4m3.decode(code).to(x.dtype)
@@ -115,11 +114,17 @@ def _sweeping_ldlq(x: Tensor, factor: Factor) -> tuple[Tensor, Tensor]:
     return values, codes
 
 
-def _sweep_block(target: Tensor, coupled: Tensor, pivots: Tensor) -> tuple[Tensor, Tensor]:
+def _sweep_block(
+    x: Tensor, target: Tensor, coupled: Tensor, pivots: Tensor
+) -> tuple[Tensor, Tensor]:
     """Round one block with every candidate scale; return the best one's values and its code.
 
+    The cost of a candidate is its part of tr(E H E^T), which is ``sum_k pivot_k (corrected_k -
+    rounded_k)**2``.
+
     Args:
-        target: [16, N] in the factor's order.
+        x: [16, N] in the factor's order, what is rounded.
+        target: [16, N] x with the corrections of the blocks before.
         coupled: [16, 16] the block of the unit lower triangle.
         pivots: [16].
 
@@ -137,7 +142,7 @@ def _sweep_block(target: Tensor, coupled: Tensor, pivots: Tensor) -> tuple[Tenso
         values[k] = e2m1.round_to_e2m1(corrected[k] / scales)
         rounded = values[k] * scales
         cost += pivots[k] * (corrected[k] - rounded).square()
-        corrected[:k] += coupled[k, :k, None, None] * (target[k] - rounded)
+        corrected[:k] += coupled[k, :k, None, None] * (x[k] - rounded)
     best = cost.argmin(0, keepdim=True)  # [1, N]; the smaller scale of equals
     chosen = values.gather(1, best.expand(BLOCK, -1, -1))[:, 0]
     return chosen, codes.gather(0, best)[0]

@@ -30,6 +30,11 @@ class Objective:
     coupled: bool = False
 
 
+def _choose_weighted(x: Tensor, importance: Tensor | None, window: Window) -> Tensor:
+    assert importance is not None
+    return sweep_scales(x, importance, window=window).codes
+
+
 def _choose_coupled(x: Tensor, importance: Tensor | None, window: Window) -> Tensor:
     assert importance is not None
     return sweep_local_hessian(x, importance, window=window).codes
@@ -39,11 +44,7 @@ OBJECTIVES = {
     "absmax": Objective(lambda x, importance, window: absmax_codes(x), e4m3.MAX),
     "four_over_six": Objective(lambda x, importance, window: four_over_six_codes(x), 256.0),
     "mse": Objective(lambda x, importance, window: sweep_scales(x, window=window).codes, 256.0),
-    "wmse": Objective(
-        lambda x, importance, window: sweep_scales(x, importance, window=window).codes,
-        256.0,
-        weighted=True,
-    ),
+    "wmse": Objective(_choose_weighted, 256.0, weighted=True),
     "hessian": Objective(_choose_coupled, 256.0, coupled=True),
 }
 

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +47,36 @@ def test_sweeping_on_the_way_lowers_the_output_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(gptq_plus, "LOW", 0)
     monkeypatch.setattr(gptq_plus, "HIGH", 0)
     assert swept < 0.9 * output_error(x, weight, plus(weight, hessian))
+
+
+@pytest.mark.parametrize("strength", [0.0, 2.0, 5.0])
+def test_the_costs_of_all_blocks_are_the_damped_output_error(
+    strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = normal(512, 128).double()
+    x = x + strength * normal(512, 8, seed=4).double() @ normal(8, 128, seed=5).double()
+    hessian, weight = x.T @ x, normal(40, 128)
+    factor = factorize(hessian, order=block_order(hessian), dtype=torch.float64)
+    costs: list[Tensor] = []
+    original = gptq_plus._sweep_block
+
+    def counted(block: Tensor, target: Tensor, coupled: Tensor, pivots: Tensor) -> Any:
+        values, code = original(block, target, coupled, pivots)
+        rounded, corrected = values * e4m3.decode(code).double(), target.clone()
+        for k in reversed(range(16)):
+            costs.append((pivots[k] * (corrected[k] - rounded[k]).square()).sum())
+            corrected[:k] += coupled[k, :k, None] * (block[k] - rounded[k])
+        return values, code
+
+    monkeypatch.setattr(gptq_plus, "_sweep_block", counted)
+    result = quantize_gptq_plus(weight, scale_of(weight), factor)
+    error = (weight - dequantize(result)).double() / scale_of(weight).double()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(128).double()
+    expected = torch.einsum("nk,kl,nl->", error, damped, error)
+    torch.testing.assert_close(torch.stack(costs).sum(), expected, rtol=1e-5, atol=0)
+    plain = quantize_gptq(weight, quantize(weight), factorize(hessian, dtype=torch.float64))
+    other = (weight - dequantize(plain)).double() / scale_of(weight).double()
+    assert expected < torch.einsum("nk,kl,nl->", other, damped, other)
 
 
 def test_without_couplings_it_is_the_sweep_of_the_squared_error() -> None:
