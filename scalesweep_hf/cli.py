@@ -157,7 +157,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure MODEL: lm-eval tasks, perplexity, and KL to a reference; or a whole table."""
-    from scalesweep_hf.evaluate.table import Plan, Task
+    from scalesweep_hf.evaluate.plan import Plan, Task
 
     if table is not None:
         changes: dict[str, Any] = {"limit": limit, "include_path": include_path, "heldout": heldout}
@@ -326,7 +326,9 @@ def measure(plan: Any, recipe: Any, reference: str | None) -> dict[str, Any]:
 
 def run_plan(plan: Any, folder: Path, dry_run: bool, as_json: bool) -> None:
     """Run a table, or say what it would run."""
-    from scalesweep_hf.evaluate.table import count_parameters, describe, markdown, run_table
+    from scalesweep_hf.evaluate.plan import describe
+    from scalesweep_hf.evaluate.render import markdown
+    from scalesweep_hf.evaluate.table import count_parameters, run_table
 
     if dry_run:
         sizes = {name: count_parameters(name) for name in plan.models}

@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from scalesweep_hf.evaluate import table
-from scalesweep_hf.evaluate.table import Cell, Plan, Task, describe, latex, markdown, run_table
+from scalesweep_hf.evaluate.plan import Cell, Plan, Task, describe
+from scalesweep_hf.evaluate.render import latex, markdown
+from scalesweep_hf.evaluate.table import run_table
 from scalesweep_hf.evaluate.text import heldout_tokens
 from tests.conftest import ROOT
 from tests.models import load, random_tokens
