@@ -388,9 +388,9 @@ def test_a_weight_with_nan_is_named(
     if way == "on the fly":
         with pytest.raises(RuntimeError, match="conversion"):
             quantize(folder, way)
-        assert "model.layers.1.mlp.down_proj: x has max|x| = nan" in caplog.text
+        assert "model.layers.1.mlp.down_proj: max|weight| is nan" in caplog.text
         return
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: x has max\|x\| = nan"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj: max\|weight\| is nan"):
         quantize(folder, way)
 
 
