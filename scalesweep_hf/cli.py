@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +106,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL and save it in OUT."""
     given = dict(locals())
+    out = out.resolve()
     check_free(out)
     from scalesweep_hf.config import ScaleSweepConfig
     from scalesweep_hf.evaluate.table import load_model
@@ -140,12 +142,16 @@ def evaluate(
             help="Text for perplexity and KL: a file, or token ids FILE.safetensors:NAME."
         ),
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows of held-out text at the most.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows of held-out text at the most.")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="The full-precision model, for KL.")] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file of recipe fields: quantize MODEL on load.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per forward pass; 8 if not given.")
+    ] = None,
     device_map: Annotated[str | None, typer.Option(help="As in from_pretrained.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="File for the results; with --table the folder.")
@@ -159,16 +165,27 @@ def evaluate(
     """Measure MODEL: lm-eval tasks, perplexity, and KL to a reference; or a whole table."""
     from scalesweep_hf.evaluate.plan import Plan, Task
 
+    if dry_run and table is None:
+        raise ValueError("--dry-run is for --table")
     if table is not None:
+        if ignored := [
+            f"--{n}"
+            for n, v in (("tasks", tasks), ("reference", reference), ("config", config))
+            if v
+        ]:
+            raise ValueError(f"{ignored[0]} does not go with --table: put it into the plan")
         changes: dict[str, Any] = {"limit": limit, "include_path": include_path, "heldout": heldout}
         changes |= {"models": [model] if model else None, "device_map": device_map}
+        changes |= {"heldout_rows": rows, "batch_size": batch_size}
         plan = Plan.from_yaml(table, **{k: v for k, v in changes.items() if v is not None})
         return run_plan(plan, output or Path("results"), dry_run, as_json)
     if model is None:
         raise ValueError("name a model, or a plan with --table")
-    names = [name for name in tasks.split(",") if name]
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names and heldout is None:
         raise ValueError("nothing to measure: give --tasks, --heldout or --table")
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
     plan = Plan(
         models=(model,),
         tasks=tuple(Task(name) for name in names),
@@ -176,7 +193,7 @@ def evaluate(
         heldout_rows=rows,
         include_path=include_path,
         limit=limit,
-        batch_size=batch_size,
+        batch_size=batch_size or 8,
         device_map=device_map,
     )
     recipe = None if config is None else make_recipe(config, {})
@@ -199,8 +216,8 @@ def report(
     text: Annotated[
         str, typer.Option(help="self, a text file, or token ids FILE.safetensors:NAME.")
     ] = "self",
-    rows: Annotated[int, typer.Option(help="Rows of text.")] = 4,
-    length: Annotated[int, typer.Option(help="Tokens a row.")] = 512,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of text.")] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens a row.")] = 512,
     modules_to_not_convert: Annotated[
         list[str] | None, typer.Option(help="Name pattern to leave out; may be repeated.")
     ] = None,
@@ -212,13 +229,13 @@ def report(
     How near every way of choosing scales comes to the best, which scales are chosen, which layers
     matter, and what memory is saved.
     """
+    from scalesweep_hf.evaluate.report import to_json, write_report
     from scalesweep_hf.evaluate.study import study
 
+    output.parent.mkdir(parents=True, exist_ok=True)
     gaps, sensitivity, size, about = study(
         model, text, rows=rows, length=length, skips=modules_to_not_convert, device_map=device_map
     )
-    from scalesweep_hf.evaluate.report import to_json, write_report
-
     write_report(output, about=about, gaps=gaps, sensitivity=sensitivity, size=size)
     if as_json:
         typer.echo(to_json(gaps, sensitivity, size))
@@ -227,7 +244,9 @@ def report(
 
 
 @app.command(epilog="Example: scalesweep inspect MODEL")
-def inspect(path: Model, as_json: Json = False) -> None:
+def inspect(
+    path: Annotated[str, typer.Argument(help="Folder.", show_default=False)], as_json: Json = False
+) -> None:
     """Say what is in a quantized checkpoint, without loading it."""
     show(path, describe_checkpoint(Path(path)), as_json)
 
@@ -251,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def describe_error(error: Exception) -> str:
     """Return one line: what is wrong and what to do."""
     if isinstance(error, ModuleNotFoundError):
-        return f"{error}: pip install 'scalesweep-hf[eval]'"
+        extra = "report" if "matplotlib" in str(error) else "eval"
+        return f"{error}: pip install 'scalesweep-hf[{extra}]'"
     text = " ".join(str(error).split())
     return text or type(error).__name__
 
@@ -271,7 +291,10 @@ def make_recipe(file: Path | None, given: dict[str, Any]) -> Any:
         if not isinstance(fields, dict):
             raise ValueError(f"{file} holds a {type(fields).__name__}; expected recipe fields")
     if (window := given.get("window")) is not None and "," in window:
-        given["window"] = tuple(int(offset) for offset in window.split(","))
+        try:
+            given["window"] = tuple(int(offset) for offset in window.split(","))
+        except ValueError as error:
+            raise ValueError(f"--window is {window!r}; use bounded, exact or LOW,HIGH") from error
     if (overrides := given.get("overrides")) is not None:
         try:
             given["overrides"] = json.loads(overrides)
@@ -287,7 +310,7 @@ def check_free(out: Path) -> None:
     Raises:
         FileExistsError: the folder exists and is not empty.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd()):
         raise FileExistsError(f"{out} exists: name a new folder, or remove it")
 
 
@@ -295,29 +318,37 @@ def save_whole(model: Any, source: str, out: Path) -> None:
     """Save a model and its tokenizer under a temporary name, and rename the folder when whole."""
     from transformers import AutoTokenizer
 
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}."))
     try:
         model.save_pretrained(part)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
             console.print(f"No tokenizer at {source} ({type(error).__name__}): none is saved.")
         else:
             tokenizer.save_pretrained(part)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    try:
         if out.exists():
             out.rmdir()
+        part.chmod(0o755)  # temporary folders are private
         part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise OSError(
+            f"the model is saved in {part}, which cannot become {out}: {error}"
+        ) from error
 
 
 def measure(plan: Any, recipe: Any, reference: str | None) -> dict[str, Any]:
     """Load a model, quantized on the way if there is a recipe, and evaluate it."""
-    from scalesweep_hf.evaluate.table import evaluate_model, load_model, versions
+    from scalesweep_hf.evaluate.table import evaluate_model, load_language_model, versions
 
-    model = load_model(plan.models[0], recipe, plan.device_map)
-    original = None if reference is None else load_model(reference, None, plan.device_map)
+    load = load_language_model
+    model = load(plan.models[0], recipe, plan.device_map)
+    original = None if reference is None else load(reference, None, plan.device_map)
     start = time.perf_counter()
     result = evaluate_model(plan, model, original)
     seconds = round(time.perf_counter() - start, 1)

@@ -88,6 +88,9 @@ def test_every_field_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval"], 1, "name a model, or a plan with --table"),
         (["eval", "{model}"], 1, "nothing to measure: give --tasks, --heldout or --table"),
         (["eval", "--table", "{list}"], 1, "expected a mapping"),
+        (["eval", "{model}", "--dry-run"], 1, "--dry-run is for --table"),
+        (["eval", "--table", "{list}", "--tasks", "a"], 1, "--tasks does not go with --table"),
+        (["quantize", "{model}", "{out}", "--window", "a,b"], 1, "--window is 'a,b'; use bounded"),
     ],
 )
 def test_errors_are_one_line_with_the_remedy(
@@ -117,6 +120,42 @@ def test_errors_are_one_line_with_the_remedy(
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         cli.main(["inspect", str(tmp_path), "--debug"])
+
+
+def test_a_classifier_stays_a_classifier(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, _ = run(capsys, "quantize", random_model("bert"), tmp_path / "new" / "out", *PLAIN)
+    assert code == 0
+    assert type(load(tmp_path / "new" / "out")).__name__ == "BertForSequenceClassification"
+    code, _, err = run(capsys, "report", random_model("bert"), "--output", tmp_path / "r.html")
+    assert (code, "which does not predict tokens" in err) == (1, True)
+
+
+def test_what_is_quantized_is_not_quantized_again(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "quantize", random_model("llama"), tmp_path / "q", *PLAIN)
+    for command in (
+        ["quantize", tmp_path / "q", tmp_path / "q2", *PLAIN],
+        ["report", tmp_path / "q"],
+    ):
+        code, _, err = run(capsys, *command)
+        assert (code, "is quantized already" in err) == (1, True)
+
+
+def test_neighbours_are_left_alone(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "precious").write_text("x")
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("out", "link"):
+        assert run(capsys, "quantize", random_model("llama"), tmp_path / name, *PLAIN)[0] == 0
+    assert (tmp_path / "out.part" / "precious").read_text() == "x"
+    assert (tmp_path / "real" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out", "out.part", "real"]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

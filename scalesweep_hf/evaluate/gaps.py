@@ -24,7 +24,7 @@ from scalesweep_hf.ops.oracle import nearest_codes, optimal_scales
 from scalesweep_hf.ops.sweep import BLOCK, absmax_codes, block_loss
 from scalesweep_hf.targets import find_attention, group_by_input
 
-# Blocks looked at per tensor, evenly spread over it: optimal scales are slow.
+# Blocks looked at per tensor, picked at random: optimal scales are slow.
 BLOCKS = 2048
 # Rows of activations and states kept per module for that.
 ROWS = 512
@@ -42,7 +42,7 @@ class Gap:
         error: "mse", or "wmse" by importance.
         gaps: by objective, and "nearest E4M3" of the optimal scale.
         offsets: how often the exact sweep of this error chose each E4M3 offset from AbsMax.
-        edge: share of blocks whose choice lies at an end of the bounded window.
+        edge: share of blocks whose choice lies at or beyond an end of the widest bounded window.
     """
 
     module: str
@@ -140,6 +140,8 @@ def _gaps(name: str, kind: str, x: Tensor, importance: Tensor) -> list[Gap]:
         best = optimal_scales(scaled, w)
         losses["nearest E4M3"] = nearest_codes(scaled, best.scale, w).loss * scale**2
         optimum = float((best.loss * scale**2).sum())
+        if optimum == 0:  # nothing but zeros, or all on the grid
+            continue
         gaps = {key: float(loss.sum()) / optimum - 1 for key, loss in losses.items()}
         codes = OBJECTIVES[error].choose(scaled, w, "exact")
         offsets = (codes.int() - absmax_codes(scaled).int()).flatten()
@@ -154,7 +156,8 @@ def _pick_blocks(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     """Return about `BLOCKS` nonzero blocks [B, 1, 16] of x, and their importance."""
     blocks = x.detach().to(torch.float32).unflatten(-1, (-1, BLOCK)).flatten(0, 1)  # [R G, 16]
     weights = importance.to(torch.float32).unflatten(-1, (-1, BLOCK))  # [G, 16]
-    chosen = torch.arange(0, len(blocks), max(len(blocks) // BLOCKS, 1), device=x.device)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(blocks), generator=generator)[:BLOCKS].to(x.device)
     chosen = chosen[blocks[chosen].abs().amax(-1) > 0]
     return blocks[chosen].unsqueeze(1), weights[chosen % len(weights)].unsqueeze(1)
 
@@ -227,4 +230,5 @@ def _weigh_states(module: nn.Module, seen: dict[str, Tensor]) -> dict[str, tuple
 
 
 def _some(rows: Tensor) -> Tensor:
-    return rows[:: max(len(rows) // ROWS, 1)][:ROWS]
+    spread = torch.linspace(0, len(rows) - 1, min(ROWS, len(rows)), device=rows.device)
+    return rows[spread.long()]

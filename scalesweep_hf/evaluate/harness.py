@@ -8,6 +8,7 @@ quantized on load by the fields of `ScaleSweepConfig` among the model arguments.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,9 +21,9 @@ from transformers import AutoConfig
 
 from scalesweep_hf.config import ScaleSweepConfig
 
-# lm-eval has a batch_size of its own.
+# lm-eval has a batch_size and a backend of its own.
 CALIBRATION_BATCH = "calibration_batch_size"
-FIELDS = set(ScaleSweepConfig.choices()) - {"batch_size"}
+FIELDS = set(ScaleSweepConfig.choices()) - {"batch_size", "backend"}
 
 
 @register_model("scalesweep")
@@ -77,11 +78,12 @@ def evaluate_tasks(
             ``apply_chat_template``.
 
     Returns:
-        Per task its metrics and their standard errors, by the names that lm-eval gives them without
-        the filter: "acc", "acc_stderr", "acc_norm", "perplexity" and others.
+        Per task its metrics and their standard errors, by the names that lm-eval gives them: "acc",
+        "acc_stderr", "acc_norm", "perplexity" and others; with the filter, "exact_match,strict",
+        where a task has several.
 
     Raises:
-        ValueError: a task does not exist.
+        ValueError: a task does not exist, or is a tag.
     """
     manager = TaskManager(include_path=include_path)
     known = set(manager.all_tasks)
@@ -90,6 +92,8 @@ def evaluate_tasks(
             f"no task {', '.join(unknown)}; `lm_eval ls tasks` lists what there is, and "
             "include_path adds a folder of your own"
         )
+    if tags := [task for task in tasks if task in set(manager.all_tags)]:
+        raise ValueError(f"{tags[0]!r} is a tag of several tasks: name the tasks themselves")
     with _quiet():
         results = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
@@ -116,11 +120,16 @@ def _quiet() -> Iterator[None]:
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
-    """Keep the numbers of one task, without the names of filters."""
-    return {
-        name.partition(",")[0]: float(value)
+    """Keep the numbers of one task; without the name of the filter where there is one filter."""
+    numbers = {
+        name: float(value)
         for name, value in found.items()
         if isinstance(value, int | float) and name != "sample_len"
+    }
+    short = Counter(name.partition(",")[0] for name in numbers)
+    return {
+        name if short[name.partition(",")[0]] > 1 else name.partition(",")[0]: value
+        for name, value in numbers.items()
     }
 
 

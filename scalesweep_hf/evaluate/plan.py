@@ -12,6 +12,7 @@ import yaml
 
 from scalesweep_hf.config import ALGORITHMS, SCHEMES, ScaleSweepConfig
 from scalesweep_hf.ops.objectives import OBJECTIVES
+from scalesweep_hf.version import __version__
 
 REFERENCE = "bf16"
 
@@ -100,8 +101,12 @@ class Plan:
                 raise ValueError(f"{name} has {wrong[0]!r}; use some of {', '.join(choices)}")
         if not self.tasks and self.heldout is None:
             raise ValueError("a plan needs tasks, or heldout text for KL and perplexity")
+        names = set()
         for cell in self.cells():
             cell.config(self.calibration)
+            if cell.name in names:
+                raise ValueError(f"two models are called {Path(cell.model).name!r}: rename one")
+            names.add(cell.name)
 
     def cells(self) -> Iterator["Cell"]:
         """Yield every cell, the reference of each model first."""
@@ -144,6 +149,13 @@ def digest(plan: Plan, cell: Cell) -> str:
     shared = asdict(plan)
     for name in ("models", "schemes", "algorithms", "objectives", "batch_size", "device_map"):
         del shared[name]
+    for task in shared["tasks"]:
+        del task["metric"]  # chosen when the table is written
+    shared["limit"] = None if plan.limit is None else float(plan.limit)
+    shared["version"] = __version__
+    heldout = Path(str(plan.heldout).partition(":")[0])
+    if heldout.is_file():
+        shared["heldout_sha256"] = hashlib.sha256(heldout.read_bytes()).hexdigest()
     text = json.dumps([shared, asdict(cell)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -30,8 +30,8 @@ def latex(results: Mapping[str, Any]) -> str:
 def summarise(result: Mapping[str, Any]) -> str:
     """Return one line about a cell."""
     parts = []
-    if result["average"] is not None:
-        parts.append(f"average {100 * result['average']:.2f}")
+    for task, metrics in result["tasks"].items():
+        parts.append(f"{task} {next(iter(metrics.values())):.4f}")
     if "kl" in result:
         parts.append(f"KL {result['kl']:.5f}, perplexity {result['perplexity']:.3f}")
     seconds = result["seconds"]
@@ -49,7 +49,10 @@ def _rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     for cell in results["cells"]:
         row = [Path(cell["model"]).name, cell["scheme"], cell["algorithm"], cell["objective"]]
         row += [f"{100 * score(cell['tasks'][task.name], task):.2f}" for task in tasks]
-        row += [f"{100 * cell['average']:.2f}", f"{cell['recovery']:.2f}"] if tasks else []
+        if tasks:
+            recovery = cell.get("recovery")
+            row.append(f"{100 * cell['average']:.2f}")
+            row.append("-" if recovery is None else f"{recovery:.2f}")
         row += [f"{cell['kl']:.5f}", f"{cell['perplexity']:.3f}"] if fidelity else []
         rows.append(row)
     return header, rows

@@ -7,7 +7,7 @@ from torch import nn
 
 from scalesweep_hf.calibration import calibration_tokens
 from scalesweep_hf.evaluate.gaps import Gap, measure_gaps, measure_sensitivity
-from scalesweep_hf.evaluate.table import load_model, versions
+from scalesweep_hf.evaluate.table import load_language_model, versions
 from scalesweep_hf.evaluate.text import heldout_tokens
 from scalesweep_hf.modules import NVFP4Linear
 from scalesweep_hf.ops.sweep import BLOCK
@@ -40,7 +40,7 @@ def study(
         ValueError: the model is quantized already, or the text does not suit.
         FileNotFoundError: the text is absent.
     """
-    model = load_model(name, None, device_map)
+    model = load_language_model(name, None, device_map)
     if any(isinstance(module, NVFP4Linear) for module in model.modules()):
         raise ValueError(f"{name} is quantized already: name the full-precision model")
     check_patterns(model, "modules_to_not_convert", [s.removeprefix("!") for s in skips or ()])

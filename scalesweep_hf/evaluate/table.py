@@ -42,13 +42,15 @@ def run_table(
     folder = Path(folder)
     (folder / "cells").mkdir(parents=True, exist_ok=True)
     cells = list(plan.cells())
+    for cell in cells:
+        if (file := folder / "cells" / f"{cell.name}.json").is_file():
+            _check_same_plan(file, plan, cell)
     reference: Any = None
     for number, cell in enumerate(cells, start=1):
         file = folder / "cells" / f"{cell.name}.json"
         if cell.scheme == REFERENCE:
             reference = None
         if file.is_file():
-            _check_same_plan(file, plan, cell)
             report(f"[{number}/{len(cells)}] {cell.name}: done before")
             continue
         if reference is None and plan.heldout is not None:
@@ -93,8 +95,8 @@ def evaluate_model(plan: Plan, model: Any, reference: Any) -> dict[str, Any]:
         reference: the same in full precision, for KL; None leaves KL out.
 
     Returns:
-        ``tasks``: the metrics of every task; ``average`` of the tasks' chosen metrics, None without
-        tasks; with held-out text ``perplexity`` and ``kl``, nats per token.
+        ``tasks``: the metrics of every task; with held-out text ``perplexity`` and, with a
+        reference, ``kl``, nats per token.
     """
     tasks = {}
     for task in plan.tasks:
@@ -108,11 +110,7 @@ def evaluate_model(plan: Plan, model: Any, reference: Any) -> dict[str, Any]:
             batch_size=plan.batch_size,
             **task.options,
         )[task.name]
-    scores = [score(tasks[task.name], task) for task in plan.tasks]
-    result: dict[str, Any] = {
-        "tasks": tasks,
-        "average": sum(scores) / len(scores) if scores else None,
-    }
+    result: dict[str, Any] = {"tasks": tasks}
     if plan.heldout is not None:
         tokens = heldout_tokens(plan.heldout, model, rows=plan.heldout_rows)
         against = model if reference is None else reference
@@ -125,17 +123,23 @@ def evaluate_model(plan: Plan, model: Any, reference: Any) -> dict[str, Any]:
 
 
 def collect_results(plan: Plan, folder: Path) -> dict[str, Any]:
-    """Gather all cells' results, with their recovery in percent of the model's reference."""
+    """Gather all cells' results, with their average and its recovery in percent of the reference.
+
+    Raises:
+        ValueError: a task has no such metric as the plan names.
+    """
     results = []
     reference: dict[str, Any] = {}
     for cell in plan.cells():
         result = json.loads((folder / "cells" / f"{cell.name}.json").read_text())
+        scores = [score(result["tasks"][task.name], task) for task in plan.tasks]
+        result["average"] = sum(scores) / len(scores) if scores else None
         if cell.scheme == REFERENCE:
             reference = result
-        if result["average"] is not None:
+        if reference["average"]:
             result["recovery"] = 100 * result["average"] / reference["average"]
         results.append(result)
-    return {"plan": asdict(plan), "versions": versions(), "cells": results}
+    return {"plan": asdict(plan), "cells": results}
 
 
 def versions() -> dict[str, str]:
@@ -153,16 +157,46 @@ def versions() -> dict[str, str]:
 
 
 def _load(plan: Plan, cell: Cell) -> Any:
-    return load_model(cell.model, cell.config(plan.calibration), plan.device_map)
+    model = load_language_model(cell.model, cell.config(plan.calibration), plan.device_map)
+    if cell.scheme == REFERENCE and is_quantized(model.config):
+        raise ValueError(f"{cell.model} is quantized already: name the full-precision model")
+    return model
 
 
 def load_model(name: str, config: ScaleSweepConfig | None, device_map: str | None) -> Any:
-    """Load a causal language model, quantized on the way if there is a recipe."""
+    """Load a model as the class that its config names, quantized on the way if there is a recipe.
+
+    Raises:
+        ValueError: there is a recipe, and the model is quantized already.
+    """
+    about = AutoConfig.from_pretrained(name)
+    if config is not None and is_quantized(about):
+        raise ValueError(f"{name} is quantized already: name the full-precision model")
     # (Not even None may be passed for what is quantized already.)
     options: dict[str, Any] = {} if config is None else {"quantization_config": config}
     if device_map is not None:
         options["device_map"] = device_map
-    return AutoModelForCausalLM.from_pretrained(name, **options)
+    (architecture,) = (about.architectures or ["AutoModelForCausalLM"])[:1]
+    return getattr(transformers, architecture, AutoModelForCausalLM).from_pretrained(
+        name, **options
+    )
+
+
+def load_language_model(name: str, config: ScaleSweepConfig | None, device_map: str | None) -> Any:
+    """Load a model that predicts the next token, as `load_model`.
+
+    Raises:
+        ValueError: the model is of another kind.
+    """
+    model = load_model(name, config, device_map)
+    if not model.can_generate():
+        raise ValueError(f"{name} is a {type(model).__name__}, which does not predict tokens")
+    return model
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether a model's config says that its checkpoint is quantized."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def _recipe(model: Any) -> dict[str, Any] | None:

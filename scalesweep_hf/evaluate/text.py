@@ -26,8 +26,11 @@ def heldout_tokens(
 
     Raises:
         FileNotFoundError: the file is absent.
-        ValueError: it has no such tensor, or too little text for one row.
+        ValueError: it has no such tensor, too little text for one row, or ids that are not in the
+            model's vocabulary; or it is "self".
     """
+    if source == "self":
+        raise ValueError("held-out text is 'self', which every model would write anew: name a file")
     file, _, name = source.partition(":")
     if Path(file).suffix != ".safetensors":
         tokens, _ = calibration_tokens(
@@ -41,4 +44,7 @@ def heldout_tokens(
         if (name or len(names) > 1) and name not in names:
             raise ValueError(f"{file} has the tensors {', '.join(names)}: name one as {file}:NAME")
         ids: Tensor = opened.get_tensor(name or names[0])
-    return ids[:rows].long()
+    tokens, _ = calibration_tokens(
+        ids, model, num_samples=rows or len(ids), sequence_length=ids.shape[-1]
+    )
+    return tokens

@@ -94,6 +94,13 @@ def test_a_loaded_model_is_scored(trained_model: Path, data: Path) -> None:
     assert set(found) >= {"acc", "acc_norm"}
 
 
+def test_filters_of_one_metric_are_kept_apart() -> None:
+    from scalesweep_hf.evaluate.harness import _metrics
+
+    found = {"em,strict": 0.8, "em,loose": 0.1, "acc,none": 0.5, "alias": "x", "sample_len": 3}
+    assert _metrics(found) == {"em,strict": 0.8, "em,loose": 0.1, "acc": 0.5}
+
+
 def test_an_unknown_task_is_named(trained_model: Path) -> None:
     from scalesweep_hf.evaluate.harness import evaluate_tasks
 

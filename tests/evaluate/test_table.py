@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from scalesweep_hf import ScaleSweepConfig
 from scalesweep_hf.evaluate import table
 from scalesweep_hf.evaluate.plan import Cell, Plan, Task, describe
 from scalesweep_hf.evaluate.render import latex, markdown
@@ -75,6 +76,75 @@ def test_results_of_another_plan_are_refused(plan: Plan, tmp_path: Path) -> None
     other = Plan(**{**vars(plan), "heldout_rows": 1})
     with pytest.raises(ValueError, match=r"bf16\.json is of another plan: use another folder"):
         run_table(other, tmp_path / "out", report=lambda line: None)
+
+
+@pytest.mark.slow
+def test_tasks_are_averaged_and_compared_with_the_reference(
+    trained_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harness = pytest.importorskip("scalesweep_hf.evaluate.harness")
+    docs = [
+        {"query": f"Goal: the {word}.\nAnswer:", "choices": ["the cat ran", word], "gold": i % 2}
+        for i, word in enumerate(["cat", "dog", "fox", "hen", "owl", "pig"])
+    ]
+    for name in ("piqa", "arc_easy"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(doc) for doc in docs))
+    monkeypatch.setenv("OFFLINE_DATA", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    seen: list[dict[str, Any]] = []
+    original = harness.evaluate_tasks
+
+    def kept(model: Any, tasks: list[str], **kwargs: Any) -> Any:
+        seen.append({"tasks": tasks, **kwargs})
+        return original(model, tasks, **kwargs)
+
+    monkeypatch.setattr(harness, "evaluate_tasks", kept)
+    plan = Plan(
+        models=(str(trained_model),),
+        tasks=(
+            Task("offline_piqa", "acc_norm"),
+            Task("offline_arc_easy", "acc", {"num_fewshot": 1}),
+        ),
+        schemes=("W",),
+        algorithms=("rtn",),
+        objectives=("mse",),
+        calibration={"dataset": None},
+        include_path=str(ROOT / "examples" / "offline_tasks"),
+        limit=5,
+        device_map="cpu",
+    )
+    results = run_table(plan, tmp_path / "out", report=lambda line: None)
+    reference, cell = results["cells"]
+    for found in (reference, cell):
+        scores = [found["tasks"]["offline_piqa"]["acc_norm"]]
+        scores.append(found["tasks"]["offline_arc_easy"]["acc"])
+        assert found["average"] == sum(scores) / 2
+        if reference["average"]:
+            assert found["recovery"] == 100 * found["average"] / reference["average"]
+    assert [call["limit"] for call in seen] == [5] * 4
+    assert [call.get("num_fewshot") for call in seen] == [None, 1] * 2
+
+
+def test_models_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "plan.yaml").write_text("models: [a/x, b/x]\nheldout: y")
+    with pytest.raises(ValueError, match="two models are called 'x': rename one"):
+        Plan.from_yaml(tmp_path / "plan.yaml")
+
+
+def test_other_text_under_the_same_name_is_another_plan(plan: Plan, tmp_path: Path) -> None:
+    run_table(plan, tmp_path / "out", report=lambda line: None)
+    save_file({"a": random_tokens(3, 16, seed=5)}, tmp_path / "t.safetensors")
+    with pytest.raises(ValueError, match="is of another plan"):
+        run_table(plan, tmp_path / "out", report=lambda line: None)
+
+
+def test_a_quantized_model_is_no_reference(plan: Plan, tmp_path: Path) -> None:
+    config = ScaleSweepConfig(scheme="W", objective="mse", dataset=None)
+    load(Path(plan.models[0]), quantization_config=config).save_pretrained(tmp_path / "q")
+    for model in ("q",):
+        other = Plan(**{**vars(plan), "models": (str(tmp_path / model),)})
+        with pytest.raises(ValueError, match="is quantized already"):
+            run_table(other, tmp_path / "out", report=lambda line: None)
 
 
 def result(scheme: str, accuracy: float) -> dict[str, Any]:
@@ -153,5 +223,7 @@ def test_heldout_text_is_read_from_tokens_and_text(
     assert heldout_tokens(str(tmp_path / "t.txt"), model, rows=2, length=32).shape == (2, 32)
     with pytest.raises(ValueError, match="has the tensors a, b: name one"):
         heldout_tokens(str(file), model)
+    with pytest.raises(ValueError, match="'self', which every model would write anew"):
+        heldout_tokens("self", model)
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors' do not exist"):
         heldout_tokens("nothing.safetensors", model)
