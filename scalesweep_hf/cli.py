@@ -15,6 +15,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from scalesweep_hf.files import write_text
 from scalesweep_hf.version import __version__
 
 app = typer.Typer(
@@ -199,9 +200,7 @@ def evaluate(
     recipe = None if config is None else make_recipe(config, {})
     result = measure(plan, recipe, reference)
     if output is not None:
-        part = output.with_name(output.name + ".part")
-        part.write_text(json.dumps(result, indent=2))
-        part.replace(output)
+        write_text(output, json.dumps(result, indent=2))
     flat = {key: value for key, value in result.items() if not isinstance(value, dict)}
     for task, metrics in result["tasks"].items():
         flat |= {f"{task} {metric}": value for metric, value in metrics.items()}

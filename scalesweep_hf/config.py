@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from scalesweep_hf.files import write_text
 from scalesweep_hf.names import source_name
 from scalesweep_hf.ops.objectives import OBJECTIVES, RUNTIME_OBJECTIVES, check_objective
 from scalesweep_hf.ops.sweep import Window, check_window
@@ -429,10 +430,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write `to_dict` as YAML; the file appears under its name only when whole."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        part.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
-        part.replace(path)
+        write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -17,12 +17,23 @@ MAY_IMPORT = {
     "ops": set[str](),
     "kernels": {"ops"},
     "modules": {"ops", "kernels"},
-    "calibration": {"ops", "kernels", "names"},
+    "calibration": {"ops", "kernels", "names", "files"},
     "evaluate": {
-        *("ops", "kernels", "modules", "calibration", "config", "names", "targets", "version"),
+        *(
+            "ops",
+            "kernels",
+            "modules",
+            "calibration",
+            "config",
+            "files",
+            "names",
+            "targets",
+            "version",
+        ),
     },
-    "config": {"ops", "kernels", "names", "version"},
+    "config": {"ops", "kernels", "names", "files", "version"},
     "names": set[str](),
+    "files": set[str](),
 }
 # Modules that even inside functions never import these.
 NEVER = {

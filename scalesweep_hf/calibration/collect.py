@@ -18,6 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from scalesweep_hf.calibration.observers import AbsMax, ChannelSquare, Hessian, LocalHessian
 from scalesweep_hf.calibration.states import StateStatistics
+from scalesweep_hf.files import write_whole
 from scalesweep_hf.names import canonical_name
 
 FORMAT = "scalesweep-statistics-1"
@@ -125,10 +126,7 @@ class Statistics(UserDict[str, InputStatistics]):
             "provenance": json.dumps(self.provenance),
             "shared_inputs": json.dumps(self.shared_inputs),
         }
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        save_file(tensors, part, metadata)
-        part.replace(path)
+        write_whole(Path(path), lambda part: save_file(tensors, part, metadata))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Statistics":

@@ -29,11 +29,8 @@ class AbsMax:
         return torch.zeros(()) if self._value is None else self._value.cpu()
 
 
-class ChannelSquare:
-    """The sum over tokens of the squares of every channel: the diagonal of X^T X (eq. 11).
-
-    A part of each batch is summed in float32, the parts in float64.
-    """
+class _Sum:
+    """A sum over tokens: a part of each batch in float32, the parts in float64."""
 
     def __init__(self) -> None:
         """Start with nothing seen."""
@@ -42,13 +39,18 @@ class ChannelSquare:
     def update(self, x: Tensor) -> None:
         """Take in a batch [..., K]."""
         k = x.shape[-1]
-        for rows in x.detach().reshape(-1, k).split(max(ELEMENTS // k, 1)):  # [T, K]
-            total = rows.to(torch.float32).square().sum(0).to(torch.float64)
+        for rows in x.detach().reshape(-1, k).split(max(ELEMENTS // k, 1)):
+            total = self._add_up(rows.to(torch.float32)).to(torch.float64)
             self._value = total if self._value is None else self._value + total
+
+    @staticmethod
+    def _add_up(rows: Tensor) -> Tensor:
+        """Sum what is observed over rows [T, K] float32."""
+        raise NotImplementedError
 
     @property
     def value(self) -> Tensor:
-        """[K] float32 on the CPU.
+        """The sum so far, float32 on the CPU.
 
         Raises:
             RuntimeError: before the first batch, when K is not known.
@@ -56,6 +58,14 @@ class ChannelSquare:
         if self._value is None:
             raise RuntimeError("no batch was observed: run the model before reading statistics")
         return self._value.to(torch.float32).cpu()
+
+
+class ChannelSquare(_Sum):
+    """The sum over tokens of the squares of every channel, [K]: the diagonal of X^T X (eq. 11)."""
+
+    @staticmethod
+    def _add_up(rows: Tensor) -> Tensor:
+        return rows.square().sum(0)
 
 
 class Hessian:
@@ -101,28 +111,10 @@ class Hessian:
         return self._value
 
 
-class LocalHessian:
-    """The diagonal blocks of X^T X, 16 channels each; batches as in `ChannelSquare`."""
+class LocalHessian(_Sum):
+    """The diagonal blocks of X^T X, [K/16, 16, 16]; K is divisible by 16."""
 
-    def __init__(self) -> None:
-        """Start with nothing seen."""
-        self._value: Tensor | None = None
-
-    def update(self, x: Tensor) -> None:
-        """Take in a batch [..., K], K divisible by 16."""
-        k = x.shape[-1]
-        for rows in x.detach().reshape(-1, k).split(max(ELEMENTS // k, 1)):  # [T, K]
-            blocks = rows.to(torch.float32).unflatten(-1, (-1, BLOCK)).movedim(1, 0)  # [G, T, 16]
-            total = torch.bmm(blocks.mT, blocks).to(torch.float64)
-            self._value = total if self._value is None else self._value + total
-
-    @property
-    def value(self) -> Tensor:
-        """[K/16, 16, 16] float32 on the CPU.
-
-        Raises:
-            RuntimeError: before the first batch, when K is not known.
-        """
-        if self._value is None:
-            raise RuntimeError("no batch was observed: run the model before reading statistics")
-        return self._value.to(torch.float32).cpu()
+    @staticmethod
+    def _add_up(rows: Tensor) -> Tensor:
+        blocks = rows.unflatten(-1, (-1, BLOCK)).movedim(1, 0)  # [G, T, 16]
+        return torch.bmm(blocks.mT, blocks)

@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from scalesweep_hf.files import write_text, write_whole
+
 RUN = "run.json"
 TOKENS = "tokens.safetensors"
 SAMPLE = 256
@@ -43,7 +45,7 @@ class ResumeFolder:
                 raise ValueError(
                     f"resume_dir {str(path)!r} holds other files ({others[0]}): use an empty folder"
                 )
-            _write(file, lambda part: part.write_text(json.dumps(run, indent=2)))
+            write_text(file, json.dumps(run, indent=2))
         before = json.loads(file.read_text())
         # As text, since the order of overrides counts.
         differing = [
@@ -84,7 +86,7 @@ class ResumeFolder:
         tokens, provenance = make()
         if not file.is_file():
             metadata = {"provenance": json.dumps(provenance)}
-            _write(file, lambda part: save_file({"tokens": tokens}, part, metadata))
+            write_whole(file, lambda part: save_file({"tokens": tokens}, part, metadata))
         elif not torch.equal(tokens, _read(file)[0]["tokens"]):
             raise ValueError(
                 f"resume_dir {str(self.path)!r} belongs to a run with other calibration text: use "
@@ -108,10 +110,10 @@ class ResumeFolder:
             hidden: the hidden states that left it, a batch each.
         """
         batches = {f"{i:06}": states.cpu().contiguous() for i, states in enumerate(hidden)}
-        _write(self._hidden(index + 1), lambda part: save_file(batches, part))
+        write_whole(self._hidden(index + 1), lambda part: save_file(batches, part))
         metadata = {"shared_inputs": json.dumps(shared_inputs)}
         on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        _write(self._block(index), lambda part: save_file(on_cpu, part, metadata))
+        write_whole(self._block(index), lambda part: save_file(on_cpu, part, metadata))
         for old in self.path.glob("hidden-*.safetensors"):
             if old != self._hidden(index + 1):
                 old.unlink()
@@ -146,15 +148,6 @@ def model_digest(model: nn.Module) -> str:
             first = parameter.detach().reshape(-1)[:SAMPLE].cpu().contiguous()
             digest.update(first.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _write(file: Path, write: Callable[[Path], Any]) -> None:
-    part = file.with_name(file.name + ".part")
-    try:
-        write(part)
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -15,6 +15,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from scalesweep_hf.evaluate.gaps import WINDOWS, Gap
+from scalesweep_hf.files import write_text
 
 matplotlib.use("agg")
 
@@ -101,9 +102,7 @@ def write_report(
         _table(gaps, sensitivity),
         f"<script>{SORT}</script></body></html>",
     ]
-    part = path.with_name(path.name + ".part")
-    part.write_text("\n".join(parts), encoding="utf-8")
-    part.replace(path)
+    write_text(path, "\n".join(parts))
 
 
 def to_json(gaps: Sequence[Gap], sensitivity: dict[str, float], size: dict[str, int]) -> str:

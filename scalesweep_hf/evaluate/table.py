@@ -20,6 +20,7 @@ from scalesweep_hf.evaluate.fidelity import measure_fidelity
 from scalesweep_hf.evaluate.plan import REFERENCE, Cell, Plan, digest
 from scalesweep_hf.evaluate.render import latex, markdown, score, summarise
 from scalesweep_hf.evaluate.text import heldout_tokens
+from scalesweep_hf.files import write_text
 from scalesweep_hf.version import __version__
 
 
@@ -56,12 +57,12 @@ def run_table(
         if reference is None and plan.heldout is not None:
             reference = _load(plan, Cell(cell.model, REFERENCE, "", ""))
         result = evaluate_cell(plan, cell, reference)
-        _write(file, json.dumps(result, indent=2))
+        write_text(file, json.dumps(result, indent=2))
         report(f"[{number}/{len(cells)}] {cell.name}: {summarise(result)}")
     results = collect_results(plan, folder)
-    _write(folder / "results.json", json.dumps(results, indent=2))
-    _write(folder / "table.md", markdown(results))
-    _write(folder / "table.tex", latex(results))
+    write_text(folder / "results.json", json.dumps(results, indent=2))
+    write_text(folder / "table.md", markdown(results))
+    write_text(folder / "table.tex", latex(results))
     return results
 
 
@@ -78,9 +79,10 @@ def evaluate_cell(plan: Plan, cell: Cell, reference: Any) -> dict[str, Any]:
         resolved and a digest of the plan.
     """
     start = time.perf_counter()
-    model = _load(plan, cell)
+    is_reference = cell.scheme == REFERENCE
+    model = reference if is_reference and reference is not None else _load(plan, cell)
     loaded = time.perf_counter()
-    result = evaluate_model(plan, model, model if cell.scheme == REFERENCE else reference)
+    result = evaluate_model(plan, model, model if is_reference else reference)
     seconds = {"quantize": loaded - start, "evaluate": time.perf_counter() - loaded}
     about = {"recipe": _recipe(model), "plan": digest(plan, cell), "versions": versions()}
     return asdict(cell) | result | {"seconds": seconds} | about
@@ -210,12 +212,6 @@ def _recipe(model: Any) -> dict[str, Any] | None:
 def _check_same_plan(file: Path, plan: Plan, cell: Cell) -> None:
     if json.loads(file.read_text())["plan"] != digest(plan, cell):
         raise ValueError(f"{file} is of another plan: use another folder, or delete it")
-
-
-def _write(file: Path, text: str) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(file)
 
 
 def count_parameters(model: str) -> int:

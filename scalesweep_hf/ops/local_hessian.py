@@ -14,6 +14,7 @@ from scalesweep_hf.ops.sweep import (
     Window,
     absmax_codes,
     check_window,
+    divide_by_exponent,
     sum_left_to_right,
     sweep_window,
     to_rows,
@@ -80,10 +81,7 @@ def normalize_local_hessian(local_hessian: Tensor) -> Tensor:
         [G, 16, 16] float32; the identity in place of a block whose diagonal is zero.
     """
     largest = local_hessian.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]  # [G, 1, 1]
-    _, exponent = torch.frexp(largest)
-    # Two steps, because 2**149 overflows float32 and the smallest subnormals need it.
-    half = -exponent // 2
-    scaled = torch.ldexp(torch.ldexp(local_hessian, half), -exponent - half)
+    scaled = divide_by_exponent(local_hessian, largest)
     return torch.where(largest > 0, scaled, torch.eye(BLOCK, device=scaled.device))
 
 

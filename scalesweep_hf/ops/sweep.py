@@ -155,11 +155,16 @@ def normalize_importance(importance: Tensor) -> Tensor:
         [..., 16] float32.
     """
     largest = importance.amax(-1, keepdim=True)  # [..., 1]
+    scaled = divide_by_exponent(importance, largest)
+    return torch.where(largest > 0, scaled, torch.ones_like(scaled))
+
+
+def divide_by_exponent(x: Tensor, largest: Tensor) -> Tensor:
+    """Multiply by the power of two, exactly, that brings ``largest`` into [0.5, 1)."""
     _, exponent = torch.frexp(largest)
     # Two steps, because 2**149 overflows float32 and the smallest subnormals need it.
     half = -exponent // 2
-    scaled = torch.ldexp(torch.ldexp(importance, half), -exponent - half)
-    return torch.where(largest > 0, scaled, torch.ones_like(scaled))
+    return torch.ldexp(torch.ldexp(x, half), -exponent - half)
 
 
 def _loss(magnitude: Tensor, weight: Tensor | None, scale: Tensor) -> Tensor:
