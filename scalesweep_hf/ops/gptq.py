@@ -18,6 +18,8 @@ from scalesweep_hf.ops.sweep import BLOCK
 
 # Columns whose corrections are applied to each other at once and to all others by one product.
 COLUMNS = 128
+# Rows of a Hessian that are permuted at a time.
+ROWS = 1024
 # Elements of the weight worked on at a time, six bytes each (ten in float64) beside the weight.
 ELEMENTS = 1 << 26
 
@@ -82,7 +84,7 @@ def factorize(
     failed = torch.empty((), dtype=torch.int32, device=hessian.device)
     while True:
         # Transposed, it has the strides that LAPACK wants: the factor takes its place.
-        lower = hessian[order[:, None], order].to(dtype).T
+        lower = _permute(hessian, order, dtype).T
         lower.diagonal().copy_(alive[order] + damping * mean)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
@@ -96,6 +98,17 @@ def factorize(
     roots = lower.diagonal().clone()
     lower /= roots
     return Factor(order, lower, roots * roots, damping)
+
+
+def _permute(matrix: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``matrix[order][:, order]``, some rows at a time.
+
+    (Indexing both dimensions at once makes two int64 matrices of this size on CUDA.)
+    """
+    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for rows, part in zip(result.split(ROWS), order.split(ROWS), strict=True):
+        rows.copy_(matrix[part].index_select(1, order))
+    return result
 
 
 def quantize_gptq(weight: Tensor, start: NVFP4Tensor, factor: Factor) -> NVFP4Tensor:
