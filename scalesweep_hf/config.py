@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from scalesweep_hf.files import write_text
+from scalesweep_hf.kernels import BACKENDS
 from scalesweep_hf.names import source_name
 from scalesweep_hf.ops.objectives import OBJECTIVES, RUNTIME_OBJECTIVES, check_objective
 from scalesweep_hf.ops.sweep import Window, check_window
@@ -23,8 +24,6 @@ LETTERS = {"weights": "W", "activations": "A", "keys": "K", "values": "V", "quer
 KINDS = tuple(LETTERS)
 ALGORITHMS = ("rtn", "gptq", "gptq-plus")
 SCHEMES = ("W", "WA", "WAKV", "WAKVQ")
-# Announced in the documentation, refused until they exist.
-PLANNED = {"backend": ("triton",)}
 # What a saved checkpoint adds to a user's choices.
 RESOLVED = ("quantized_modules", "shared_inputs", "calibration", "version")
 
@@ -78,7 +77,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: name patterns of Linears to leave alone, besides output heads,
             routers and non-text towers; "!pattern" quantizes what would be left, for example
             "!lm_head".
-        backend: "auto" or "torch"; may differ when a saved checkpoint is loaded.
+        backend: "torch", or "triton": kernels for CUDA devices with the same bits; "auto" takes
+            them where they run. May differ when a saved checkpoint is loaded.
         packed_cache: with quantized keys and values, ``generate`` stores them packed, at 4.5 bits
             per element, unless given a cache; False keeps Transformers' own cache, with the same
             results. May differ when a saved checkpoint is loaded.
@@ -170,7 +170,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         _check_choice("algorithm", self.algorithm, ALGORITHMS)
         _check_choice("gptq_dtype", self.gptq_dtype, ("float32", "float64"))
         _check_choice("pipeline", self.pipeline, ("auto", "block", "model"))
-        _check_choice("backend", self.backend, ("auto", "torch"))
+        _check_choice("backend", self.backend, BACKENDS)
         if self.window not in ("bounded", "exact"):
             check_window(self.window)
         damping = self.gptq_damping
@@ -434,8 +434,6 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value in PLANNED.get(name, ()):
-        raise ValueError(f"{name} {value!r} is not built yet; use one of {', '.join(choices)}")
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; use one of {', '.join(choices)}")
 

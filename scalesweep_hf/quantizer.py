@@ -178,7 +178,8 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         applies = functools.partial(matches, model, name)
         weights = config.objective_for("weights", applies)
         assert weights is not None
-        recipe = LinearRecipe(weights, config.objective_for("activations", applies), config.window)
+        activations = config.objective_for("activations", applies)
+        recipe = LinearRecipe(weights, activations, config.window, config.backend)
         module = NVFP4Linear.from_linear(model.get_submodule(name), recipe)
         model.set_submodule(name, module)
         return module

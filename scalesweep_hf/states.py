@@ -42,7 +42,10 @@ def hook_states(model: PreTrainedModel, config: ScaleSweepConfig, *, placeholder
         if not any(objectives.values()):
             continue
         module = model.get_submodule(name)
-        attention.attach(module, attention.StateRecipe(**objectives, window=config.window))
+        attention.attach(
+            module,
+            attention.StateRecipe(**objectives, window=config.window, backend=config.backend),
+        )
         if placeholders:
             shapes = attention.expected_states(module, *state_shape(module))
             empty = {n: torch.empty(s, device="meta") for n, s in shapes.items()}

@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,9 @@ import torch
 from transformers.utils import logging
 
 from tests.models import save_random
+
+if not torch.cuda.is_available():  # Triton then runs kernels in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = ROOT.parent / "shared"

@@ -9,7 +9,7 @@ import torch
 
 from scalesweep_hf import ScaleSweepConfig, quantize
 from scalesweep_hf.modules.linear import NVFP4Linear
-from scalesweep_hf.ops.nvfp4 import round_blocks
+from scalesweep_hf.ops.blocks import round_blocks
 from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.targets import linears
 from tests.models import load, random_tokens

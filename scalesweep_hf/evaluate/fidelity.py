@@ -55,17 +55,13 @@ def measure_fidelity(
     divergence = dict.fromkeys(models, 0.0)
     with torch.no_grad():
         for batch in tqdm(tokens.split(batch_size), desc="Measuring", unit="batch", disable=None):
-            expected = _log_probabilities(reference, batch)  # [B, L, V]
-            ids = batch.to(device=expected.device, dtype=torch.int64)
+            expected = _logits(reference, batch)  # [B, L, V]
             for name, model in models.items():
-                if model is reference:
-                    actual = expected
-                else:
-                    actual = _log_probabilities(model, batch).to(expected.device)
-                chosen = actual[:, :-1].gather(-1, ids[:, 1:, None])
-                nll[name] -= chosen.sum(dtype=torch.float64).item()
-                kl = functional.kl_div(actual, expected, reduction="none", log_target=True)
-                divergence[name] += kl.sum(dtype=torch.float64).item()
+                actual = expected if model is reference else _logits(model, batch)
+                for row, ids in enumerate(batch):  # [L, V] at a time: the logits are large
+                    loss, kl = _compare(actual[row], expected[row], ids)
+                    nll[name] += loss
+                    divergence[name] += kl
     rows, length = tokens.shape
     return {
         name: Fidelity(
@@ -94,7 +90,16 @@ def weight_error(model: nn.Module, reference: nn.Module) -> float:
     return error / norm if norm else 0.0
 
 
-def _log_probabilities(model: Any, batch: Tensor) -> Tensor:
+def _logits(model: Any, batch: Tensor) -> Tensor:
     ids = batch.to(device=model.device, dtype=torch.int64)
-    logits = model(input_ids=ids, use_cache=False).logits
-    return functional.log_softmax(logits.float(), dim=-1)  # [B, L, V]
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits  # [B, L, V]
+
+
+def _compare(actual: Tensor, expected: Tensor, ids: Tensor) -> tuple[float, float]:
+    """Return the negative log-likelihood of a row [L] and the divergence, summed, of [L, V]."""
+    expected = functional.log_softmax(expected.float(), dim=-1)
+    actual = functional.log_softmax(actual.to(expected.device).float(), dim=-1)
+    chosen = actual[:-1].gather(-1, ids[1:, None].to(device=actual.device, dtype=torch.int64))
+    kl = functional.kl_div(actual, expected, reduction="none", log_target=True)
+    return -chosen.sum(dtype=torch.float64).item(), kl.sum(dtype=torch.float64).item()

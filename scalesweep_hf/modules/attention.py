@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from scalesweep_hf.kernels import resolve
 from scalesweep_hf.modules.cache import PackedLayer
 from scalesweep_hf.modules.linear import NVFP4Linear, column_squares, keep_bits
 from scalesweep_hf.ops.kv import StateCodec
@@ -34,12 +35,14 @@ class StateRecipe:
         values: objective of the values' block scales.
         queries: objective of the queries' block scales.
         window: of all sweeps.
+        backend: what computes them, see `scalesweep_hf.kernels.resolve`.
     """
 
     keys: str | None
     values: str | None
     queries: str | None
     window: Window
+    backend: str = "auto"
 
     def weighs(self, kind: str) -> bool:
         """Whether a kind is swept by importance."""
@@ -178,7 +181,10 @@ def codec(module: nn.Module, kind: str) -> StateCodec | None:
     if scale is None:
         return None
     importance = getattr(module, f"{letter}_importance") if states.recipe.weighs(kind) else None
-    return StateCodec(scale, getattr(states.recipe, kind), importance, states.recipe.window)
+    backend = resolve(states.recipe.backend)
+    return StateCodec(
+        scale, getattr(states.recipe, kind), importance, states.recipe.window, backend
+    )
 
 
 def quantize_queries_at_lookup() -> None:

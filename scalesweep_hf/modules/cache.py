@@ -18,6 +18,7 @@ from transformers.cache_utils import (
     StaticSlidingWindowLayer,
 )
 
+from scalesweep_hf.kernels import resolve
 from scalesweep_hf.ops.kv import StateCodec, packed_size
 
 
@@ -61,8 +62,9 @@ class PackedLayer:
                 not finite.
         """
         if self.key_codec is None or self.value_codec is None:
-            self.key_codec = StateCodec.for_states(key_states)
-            self.value_codec = StateCodec.for_states(value_states)
+            backend = resolve("auto")
+            self.key_codec = StateCodec.for_states(key_states, backend=backend)
+            self.value_codec = StateCodec.for_states(value_states, backend=backend)
         packed_size(key_states.shape[-1])
         packed_size(value_states.shape[-1])
         keys, values = super().update(  # type: ignore[misc]

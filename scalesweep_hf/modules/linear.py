@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalesweep_hf.kernels import resolve
 from scalesweep_hf.modules.rounding import HessianRounding
 from scalesweep_hf.ops.linear import linear, quantized_linear
 from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, compute_tensor_scale, dequantize, quantize
@@ -25,11 +26,13 @@ class LinearRecipe:
         activations: objective of the input's block scales, chosen at every call; None leaves the
             input unquantized.
         window: of both sweeps, see `scalesweep_hf.ops.sweep.sweep_scales`.
+        backend: what computes them, see `scalesweep_hf.kernels.resolve`.
     """
 
     weights: str
     activations: str | None
     window: Window
+    backend: str = "auto"
 
 
 class NVFP4Linear(nn.Linear):
@@ -144,8 +147,9 @@ class NVFP4Linear(nn.Linear):
         """Compute x W^T + b, [..., K] to [..., N], quantizing x first where the recipe says so."""
         if not self.is_packed:
             return super().forward(x)
+        backend = resolve(self.recipe.backend)
         if self.recipe.activations is None:
-            return linear(x, self.quantized_weight(), self.bias)
+            return linear(x, self.quantized_weight(), self.bias, backend=backend)
         assert self.input_scale is not None
         return quantized_linear(
             x,
@@ -155,6 +159,7 @@ class NVFP4Linear(nn.Linear):
             objective=self.recipe.activations,
             importance=self.input_importance,
             window=self.recipe.window,
+            backend=backend,
         )
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
@@ -274,6 +279,7 @@ def _quantize_weight(
         importance=input_square if objective.weighted else coupled,
         window=module.recipe.window,
         tensor_scale=tensor_scale,
+        backend=resolve(module.recipe.backend),
     )
 
 

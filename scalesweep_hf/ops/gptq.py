@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from scalesweep_hf.ops import e2m1, e4m3
-from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, pack
+from scalesweep_hf.ops.blocks import pack
+from scalesweep_hf.ops.nvfp4 import NVFP4Tensor
 from scalesweep_hf.ops.sweep import BLOCK
 
 # Columns whose corrections are applied to each other at once and to all others by one product.

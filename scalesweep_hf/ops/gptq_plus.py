@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from scalesweep_hf.ops import e2m1, e4m3
+from scalesweep_hf.ops.blocks import pack
 from scalesweep_hf.ops.gptq import COLUMNS, ELEMENTS, Factor, factorize
-from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, pack
+from scalesweep_hf.ops.nvfp4 import NVFP4Tensor
 from scalesweep_hf.ops.sweep import BLOCK, absmax_codes
 
 # E4M3 code offsets tried from the AbsMax code of the changed block.

@@ -10,12 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scalesweep_hf.ops.nvfp4 import (
-    NVFP4Tensor,
-    compute_tensor_scale,
-    encode_blocks,
-    round_blocks,
-)
+from scalesweep_hf.ops.blocks import TORCH, Backend
+from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, compute_tensor_scale
 from scalesweep_hf.ops.sweep import BLOCK, Window
 
 # Room that a codec without calibration leaves above the first states it sees: later ones may be
@@ -33,15 +29,19 @@ class StateCodec:
         objective: as in `quantize`.
         importance: [H, D] float32, >= 0, for "wmse"; None otherwise.
         window: as in `quantize`.
+        backend: which implementation; all give the same bits.
     """
 
     tensor_scale: Tensor
     objective: str
     importance: Tensor | None = None
     window: Window = "bounded"
+    backend: Backend = TORCH
 
     @classmethod
-    def for_states(cls, x: Tensor, objective: str = "mse") -> "StateCodec":
+    def for_states(
+        cls, x: Tensor, objective: str = "mse", *, backend: Backend = TORCH
+    ) -> "StateCodec":
         """Make a codec without calibration from the first states [B, H, T, D] that it will see.
 
         Raises:
@@ -52,7 +52,8 @@ class StateCodec:
             raise ValueError(
                 f"the first states have max|x| = {amax.item()}, from which no scale follows"
             )
-        return cls(compute_tensor_scale(amax * UNCALIBRATED_HEADROOM, objective), objective)
+        scale = compute_tensor_scale(amax * UNCALIBRATED_HEADROOM, objective)
+        return cls(scale, objective, backend=backend)
 
     def round(self, x: Tensor) -> Tensor:
         """Quantize and decode states: ``unpack(pack(x), x.dtype)`` without the bytes.
@@ -63,7 +64,7 @@ class StateCodec:
         Returns:
             [B, H, T, D] in x's dtype.
         """
-        values = round_blocks(
+        values = self.backend.round_blocks(
             _rows(x),
             self.tensor_scale.to(x.device),
             objective=self.objective,
@@ -81,7 +82,7 @@ class StateCodec:
         Returns:
             [B, H, T, 9 D / 16] uint8.
         """
-        packed, scale = encode_blocks(
+        packed, scale = self.backend.encode_blocks(
             _rows(x),
             self.tensor_scale.to(x.device),
             objective=self.objective,
@@ -104,7 +105,7 @@ class StateCodec:
         half = rows.shape[-1] * 8 // 9  # D / 2
         scale = rows[..., half:].view(torch.float8_e4m3fn)
         tensor = NVFP4Tensor(rows[..., :half], scale, self.tensor_scale)
-        return self._scaled(tensor.values(torch.float32), dtype)
+        return self._scaled(tensor.values(torch.float32, self.backend), dtype)
 
     def _scaled(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         return (values.to(torch.float32) * self.tensor_scale.to(values.device)).to(dtype)

@@ -3,14 +3,17 @@
 import torch
 from torch import Tensor
 
-from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, round_blocks
+from scalesweep_hf.ops.blocks import TORCH, Backend
+from scalesweep_hf.ops.nvfp4 import NVFP4Tensor
 from scalesweep_hf.ops.sweep import Window
 
 # Weight elements decoded at a time: a few hundred MB of temporaries at the most.
 DECODED = 1 << 24
 
 
-def linear(x: Tensor, weight: NVFP4Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: NVFP4Tensor, bias: Tensor | None = None, *, backend: Backend = TORCH
+) -> Tensor:
     """Multiply unquantized x by a quantized weight: y = (x (codes * block_scale)^T) * S_w + bias.
 
     Products are exact for 16-bit x, sums and everything after them float32, rounded once to x's
@@ -20,11 +23,12 @@ def linear(x: Tensor, weight: NVFP4Tensor, bias: Tensor | None = None) -> Tensor
         x: [..., K] floating.
         weight: [N, K].
         bias: [N] floating or None.
+        backend: which implementation; all give the same bits.
 
     Returns:
         [..., N] in x's dtype.
     """
-    return _finish(_matmul(x, weight), weight.tensor_scale, bias, x.dtype)
+    return _finish(_matmul(x, weight, backend), weight.tensor_scale, bias, x.dtype)
 
 
 def quantized_linear(
@@ -36,6 +40,7 @@ def quantized_linear(
     objective: str,
     importance: Tensor | None,
     window: Window,
+    backend: Backend = TORCH,
 ) -> Tensor:
     """Quantize x with its static tensor scale, then multiply: y = (x_q w_q^T) * (S_x * S_w) + bias.
 
@@ -51,21 +56,24 @@ def quantized_linear(
         objective: how x's block scales are chosen, as in `quantize`.
         importance: [K] float32 >= 0 for "wmse", else None.
         window: as in `quantize`.
+        backend: which implementation; all give the same bits.
 
     Returns:
         [..., N] in x's dtype.
     """
-    values = round_blocks(x, input_scale, objective=objective, importance=importance, window=window)
-    product = _matmul(values, weight)
+    values = backend.round_blocks(
+        x, input_scale, objective=objective, importance=importance, window=window
+    )
+    product = _matmul(values, weight, backend)
     return _finish(product, input_scale * weight.tensor_scale, bias, x.dtype)
 
 
-def _matmul(x: Tensor, weight: NVFP4Tensor) -> Tensor:
+def _matmul(x: Tensor, weight: NVFP4Tensor, backend: Backend) -> Tensor:
     """Return x (codes * block_scale)^T in float32, [..., N], decoding a part of W at a time."""
     rows = x.reshape(-1, x.shape[-1])  # [T, K]
     parts = []
     for _, chunk in weight.row_chunks(DECODED):
-        w = chunk.values(x.dtype)  # [n, K]
+        w = chunk.values(x.dtype, backend)  # [n, K]
         if rows.device.type == "cuda" and rows.dtype != torch.float32:
             parts.append(torch.mm(rows, w.T, out_dtype=torch.float32))
         else:

@@ -7,17 +7,9 @@ import torch
 from torch import Tensor
 
 from scalesweep_hf.ops import e2m1, e4m3
+from scalesweep_hf.ops.blocks import TORCH, Backend, chunk_size, row_slices
 from scalesweep_hf.ops.objectives import OBJECTIVES, check_objective
 from scalesweep_hf.ops.sweep import BLOCK, Window, check_window
-
-# Elements swept at a time. The sweep keeps about ten float32 temporaries of this size: a few MB on
-# a CPU, so that they stay in cache, and under 200 MB elsewhere, where launches are what costs.
-CHUNK_CPU = 1 << 17
-CHUNK_DEVICE = 1 << 22
-
-# Beyond this, in units of the tensor scale, magnitudes are equal: 390 times the largest value of
-# the format. Infinity would make all losses equal, and the smallest scale would win.
-FAR = 2.0**20
 
 
 @dataclass(frozen=True)
@@ -54,22 +46,17 @@ class NVFP4Tensor:
         """
         packed = self.packed.reshape(-1, self.packed.shape[-1])
         scale = self.block_scale.reshape(-1, self.block_scale.shape[-1])
-        size = size or _chunk_size(packed.device)
-        for part in _row_slices(packed.shape[0], self.shape[-1], size):
+        size = size or chunk_size(packed.device)
+        for part in row_slices(packed.shape[0], self.shape[-1], size):
             yield part, NVFP4Tensor(packed[part], scale[part], self.tensor_scale)
 
-    def values(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Multiply codes by block scales only.
-
-        Exact in bfloat16 and float16: a product has at most 6 significant bits.
+    def values(self, dtype: torch.dtype = torch.bfloat16, backend: Backend = TORCH) -> Tensor:
+        """Multiply codes by block scales only (`decode_blocks`).
 
         Returns:
             [..., K] dtype, in units of the tensor scale.
         """
-        codes = e2m1.decode(unpack(self.packed), dtype)  # [..., K]
-        scale = self.block_scale.to(dtype).unsqueeze(-1)  # [..., G, 1]
-        blocks: Tensor = codes.unflatten(-1, (-1, BLOCK)) * scale
-        return blocks.flatten(-2)
+        return backend.decode_blocks(self.packed, self.block_scale, dtype)
 
 
 def quantize(
@@ -79,12 +66,12 @@ def quantize(
     importance: Tensor | None = None,
     window: Window = "bounded",
     tensor_scale: Tensor | None = None,
+    backend: Backend = TORCH,
 ) -> NVFP4Tensor:
     """Quantize a tensor to NVFP4, choosing every block scale by the objective.
 
-    With S the tensor scale, each block of x / S gets its scale s (`scalesweep_hf.ops.sweep`) and
-    the codes of round_e2m1((x / S) / s); both divisions are IEEE float32. Works in chunks: beyond x
-    and the result it needs a few MB on a CPU, under 200 MB on an accelerator.
+    The tensor scale S by `compute_tensor_scale`, everything else as `encode_blocks` does it. Works
+    in chunks: beyond x and the result it needs a few MB on a CPU, under 200 MB on an accelerator.
 
     Args:
         x: [..., K] floating, finite, K divisible by 16; not changed.
@@ -95,6 +82,7 @@ def quantize(
         window: "bounded", "exact" or code offsets (low, high); see `sweep_scales`.
         tensor_scale: [] floating, > 0 in float32; None computes it from max|x|
             (`compute_tensor_scale`).
+        backend: which implementation; all give the same bits.
 
     Returns:
         The packed tensor, on x's device.
@@ -112,7 +100,7 @@ def quantize(
     if tensor_scale is None:
         tensor_scale = compute_tensor_scale(amax, objective)
     tensor_scale = _check_tensor_scale(tensor_scale).to(x.device)
-    packed, codes = encode_blocks(
+    packed, codes = backend.encode_blocks(
         x, tensor_scale, objective=objective, importance=importance, window=window
     )
     return NVFP4Tensor(packed, codes.view(torch.float8_e4m3fn), tensor_scale)
@@ -134,71 +122,6 @@ def dequantize(tensor: NVFP4Tensor, dtype: torch.dtype = torch.float32) -> Tenso
     return result
 
 
-def encode_blocks(
-    x: Tensor,
-    tensor_scale: Tensor,
-    *,
-    objective: str,
-    importance: Tensor | None = None,
-    window: Window = "bounded",
-) -> tuple[Tensor, Tensor]:
-    """Quantize without checks: the two large parts of ``quantize(x, ...)``.
-
-    For states that enter a cache, at run time: nothing here waits for the device. Beyond the range
-    of the tensor scale, infinity included, values saturate.
-
-    Args:
-        x: [..., K] floating, K divisible by 16.
-        tensor_scale: [] float32 > 0, on x's device.
-        objective: as in `quantize`.
-        importance: float32, finite: for "wmse" [K], or [R, K] for R rows of x, >= 0; for "hessian"
-            [K/16, 16, 16].
-        window: as in `quantize`.
-
-    Returns:
-        Packed codes [..., K/2] uint8 and block scale codes [..., K/16] uint8.
-    """
-    leading, k = x.shape[:-1], x.shape[-1]
-    rows = x.numel() // k
-    packed = x.new_empty((rows, k // 2), dtype=torch.uint8)
-    scale = x.new_empty((rows, k // BLOCK), dtype=torch.uint8)
-    for part, blocks, weight in _chunks(x, tensor_scale, importance):
-        codes = OBJECTIVES[objective].choose(blocks, weight, window)  # [r, G]
-        packed[part] = pack(e2m1.encode(blocks / e4m3.decode(codes).unsqueeze(-1)).flatten(-2))
-        scale[part] = codes
-    return packed.reshape(*leading, k // 2), scale.reshape(*leading, k // BLOCK)
-
-
-def round_blocks(
-    x: Tensor,
-    tensor_scale: Tensor,
-    *,
-    objective: str,
-    importance: Tensor | None = None,
-    window: Window = "bounded",
-) -> Tensor:
-    """Quantize and decode in one go: ``quantize(x, ...).values()`` without packing or checks.
-
-    For activations, at run time, as `encode_blocks`; NaN stays NaN.
-
-    Args:
-        x: [..., K] floating, K divisible by 16.
-        tensor_scale: [] float32 > 0, on x's device.
-        objective: as in `quantize`.
-        importance: as in `encode_blocks`.
-        window: as in `quantize`.
-
-    Returns:
-        [..., K] bfloat16, exact, in units of the tensor scale.
-    """
-    choose = OBJECTIVES[objective].choose
-    parts = []
-    for _, blocks, weight in _chunks(x, tensor_scale, importance):
-        scale = e4m3.decode(choose(blocks, weight, window)).unsqueeze(-1)
-        parts.append((e2m1.round_to_e2m1(blocks / scale) * scale).flatten(-2).to(torch.bfloat16))
-    return torch.cat(parts).reshape(x.shape)
-
-
 def compute_tensor_scale(amax: Tensor, objective: str) -> Tensor:
     """Compute S = max|x| / (range * 6), range 256 for the sweeps and 448 for AbsMax (eq. 14).
 
@@ -211,53 +134,6 @@ def compute_tensor_scale(amax: Tensor, objective: str) -> Tensor:
     """
     scale = e4m3.divide(amax.to(torch.float32), OBJECTIVES[objective].scale_range * e2m1.MAX)
     return torch.where(scale > 0, scale, torch.ones_like(scale))
-
-
-def pack(codes: Tensor) -> Tensor:
-    """Pack two four-bit codes per byte, the even index in the low nibble.
-
-    Args:
-        codes: [..., K] uint8 in 0...15, K even.
-
-    Returns:
-        [..., K/2] uint8.
-    """
-    return codes[..., 0::2] | (codes[..., 1::2] << 4)
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """Undo `pack`.
-
-    Args:
-        packed: [..., K/2] uint8.
-
-    Returns:
-        [..., K] uint8 codes in 0...15.
-    """
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
-
-
-def _chunks(
-    x: Tensor, tensor_scale: Tensor, importance: Tensor | None
-) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Yield chunks of rows: which they are, x / S in blocks [r, G, 16] float32, importance."""
-    rows = x.reshape(-1, x.shape[-1])  # [R, K]
-    for part in _row_slices(rows.shape[0], x.shape[-1], _chunk_size(x.device)):
-        scaled = (rows[part].to(torch.float32) / tensor_scale).clamp(-FAR, FAR)
-        weight = importance
-        if weight is not None and weight.ndim < 3:
-            weight = (weight if weight.ndim == 1 else weight[part]).unflatten(-1, (-1, BLOCK))
-        yield part, scaled.unflatten(-1, (-1, BLOCK)), weight
-
-
-def _chunk_size(device: torch.device) -> int:
-    return CHUNK_CPU if device.type == "cpu" else CHUNK_DEVICE
-
-
-def _row_slices(rows: int, width: int, size: int) -> Iterator[slice]:
-    step = max(size // width, 1)
-    for start in range(0, max(rows, 1), step):
-        yield slice(start, start + step)
 
 
 def _check_blocks(x: Tensor) -> None:

@@ -2,16 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalesweep_hf.ops import e2m1, nvfp4
-from scalesweep_hf.ops.nvfp4 import (
-    NVFP4Tensor,
-    compute_tensor_scale,
-    dequantize,
-    pack,
-    quantize,
-    round_blocks,
-    unpack,
-)
+from scalesweep_hf.ops import blocks, e2m1
+from scalesweep_hf.ops.blocks import pack, round_blocks, unpack
+from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, compute_tensor_scale, dequantize, quantize
 from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.ops.sweep import Window
 
@@ -253,7 +246,7 @@ def test_chunks_do_not_show(objective: str, chunk: int, monkeypatch: pytest.Monk
     importance = normal(13, 32, seed=1).square() if objective == "wmse" else shared
     whole = quantize(x, objective=objective, importance=importance)
     rounded = round_blocks(x, ONE, objective=objective, importance=shared)
-    monkeypatch.setattr(nvfp4, "CHUNK_CPU", chunk)
+    monkeypatch.setattr(blocks, "CHUNK_CPU", chunk)
     assert_same(quantize(x, objective=objective, importance=importance), whole)
     assert torch.equal(round_blocks(x, ONE, objective=objective, importance=shared), rounded)
 

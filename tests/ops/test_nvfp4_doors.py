@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from scalesweep_hf.ops.nvfp4 import dequantize, quantize, round_blocks
+from scalesweep_hf.ops.blocks import round_blocks
+from scalesweep_hf.ops.nvfp4 import dequantize, quantize
 from scalesweep_hf.ops.objectives import OBJECTIVES, check_objective
 from scalesweep_hf.ops.sweep import Window
 

@@ -1,0 +1,135 @@
+"""The Triton kernels have the bits of the definition: interpreted here, compiled on a GPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scalesweep_hf.ops import blocks as definition
+from scalesweep_hf.ops import e2m1, e4m3
+from scalesweep_hf.ops.objectives import RUNTIME_OBJECTIVES
+
+pytest.importorskip("triton", reason="triton is not installed")
+from scalesweep_hf.kernels import blocks as twin
+
+# Interpreted kernels are numpy, which warns of NaN and overflow.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+ONE = torch.tensor(1.0)
+NAN, INF = float("nan"), float("inf")
+WINDOWS = ["bounded", "exact", (-2, 5)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def hard_rows(k: int) -> Tensor:
+    """Return rows [R, k] of what goes wrong first: ties, zeros, extremes, tiny blocks."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(k, generator=generator)
+    midpoints = torch.tensor(e2m1.MIDPOINTS)
+    ties = midpoints[torch.arange(k) % 7] * torch.tensor([1.0, 2.0, 1.125, 1.875])[:, None]
+    codes = torch.randint(1, 127, (6, k // 16), generator=generator, dtype=torch.uint8)
+    scale = e4m3.decode(codes).repeat_interleave(16, 1)
+    on_ties = midpoints[torch.randint(0, 7, (6, k), generator=generator)] * scale
+    return torch.cat(
+        [
+            torch.stack([normal, normal * 1e-4, normal * 3e4, normal**5]),
+            ties,
+            on_ties,
+            torch.nextafter(on_ties, torch.zeros(())),
+            -torch.nextafter(on_ties, torch.full((), INF)),
+            torch.stack([torch.zeros(k), torch.full((k,), -0.0), torch.full((k,), 5.5 * 2.0**-9)]),
+            torch.stack([normal.sign(), torch.full((k,), 1e-45), torch.full((k,), 448.0 * 6)]),
+            normal[None] * 2.0**-10,
+        ]
+    )
+
+
+def broken_rows(k: int) -> Tensor:
+    x = hard_rows(k)[:4].clone()
+    x[0, 3], x[1, 17], x[2, 18] = NAN, INF, -INF
+    x[3] = NAN
+    return x
+
+
+def importances(k: int, rows: int) -> dict[str, Tensor]:
+    """Return importances by name, with zeros, subnormals and huge numbers."""
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.rand(k, generator=generator) ** 4
+    shared[: k // 4] = 0.0
+    own = torch.rand(rows, k, generator=generator) * torch.logspace(-44, 38, rows)[:, None]
+    return {"shared": shared, "per row": own}
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same bits, all NaN being one."""
+    a, b = a.detach().cpu(), b.detach().cpu()
+    if a.is_floating_point():
+        a, b = (torch.where(t.isnan(), torch.full_like(t, NAN), t) for t in (a, b))
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("objective", RUNTIME_OBJECTIVES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", ["shared", "per row"])
+def test_twins_agree_to_the_bit(
+    weights: str, dtype: torch.dtype, objective: str, window: Any, device: str
+) -> None:
+    if weights == "per row" and objective != "wmse":
+        pytest.skip("no importance")
+    x = torch.cat([hard_rows(80), broken_rows(80)]).to(dtype).to(device)
+    importance = importances(80, len(x))[weights].to(device) if objective == "wmse" else None
+    for tensor_scale in (ONE.to(device), torch.tensor(0.0123, device=device)):
+        options = {"objective": objective, "importance": importance, "window": window}
+        found, expected = (
+            module.encode_blocks(x, tensor_scale, **options) for module in (twin, definition)
+        )
+        assert same(found[1], expected[1])
+        assert same(found[0], expected[0])
+        found, expected = (
+            module.round_blocks(x, tensor_scale, **options) for module in (twin, definition)
+        )
+        assert same(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 32), (1, 16), (63, 16), (65, 48), (2, 3, 129 * 16)])
+def test_any_number_of_blocks(shape: tuple[int, ...], device: str) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device)
+    scale = ONE.to(device)
+    found = twin.encode_blocks(x, scale, objective="mse")
+    expected = definition.encode_blocks(x, scale, objective="mse")
+    assert [t.shape for t in found] == [t.shape for t in expected]
+    assert same(found[0], expected[0])
+    assert same(twin.round_blocks(x, scale, objective="mse"), twin.decode_blocks(*found_of(found)))
+
+
+def found_of(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, torch.dtype]:
+    return found[0], found[1].view(torch.float8_e4m3fn), torch.bfloat16
+
+
+def test_strided_input_is_read_as_it_is_seen(device: str) -> None:
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(3)).to(device)
+    scale = ONE.to(device)
+    found = twin.round_blocks(x.T, scale, objective="mse")
+    assert same(found, definition.round_blocks(x.T, scale, objective="mse"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_code_with_every_scale_is_decoded(dtype: torch.dtype, device: str) -> None:
+    packed = torch.arange(256, dtype=torch.uint8).reshape(32, 1, 8).expand(32, 256, 8)
+    scale = torch.arange(256, dtype=torch.uint8).reshape(1, 256, 1).expand(32, 256, 1)
+    packed, scale = packed.contiguous().to(device), scale.contiguous().to(device)
+    arguments = packed, scale.view(torch.float8_e4m3fn), dtype
+    assert same(twin.decode_blocks(*arguments), definition.decode_blocks(*arguments))
+
+
+def test_every_bfloat16_value_is_rounded(device: str) -> None:
+    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.bfloat16).reshape(-1, 16).to(device)
+    if device == "cpu":  # interpreted, every seventh block
+        x = x[::7]
+    scale = ONE.to(device)
+    for objective in ("absmax", "mse"):
+        found = twin.round_blocks(x, scale, objective=objective)
+        assert same(found, definition.round_blocks(x, scale, objective=objective))
