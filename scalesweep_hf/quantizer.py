@@ -337,3 +337,6 @@ def register() -> None:
     if ScaleSweepConfig not in registry.LOADING_ATTRIBUTES_CONFIG_TYPES:
         # Without this, a config passed when loading a saved checkpoint is ignored as a whole.
         registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (ScaleSweepConfig,)
+
+
+register()
