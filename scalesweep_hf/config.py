@@ -237,7 +237,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unused = data is None or (isinstance(data, str) and data == "self")
         if self.statistics is not None and not unused:
             raise ValueError("dataset and statistics are both given: drop one of them")
-        if data is None and self.needs_calibration and self.quantized_modules is None:
+        known = self.quantized_modules is not None or self.calibration is not None
+        if data is None and self.needs_calibration and not known:
             raise ValueError(
                 f"scheme {self.scheme!r} with objective {self.objective!r} needs calibration, but "
                 "dataset is None: use dataset='self', or scheme 'W' with objective 'mse'"

@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 class Stub:
-    """Stands for a name in `quantizer.py` until it is called or asked for an attribute."""
+    """Stands for a class of this package until it is called or asked for an attribute."""
 
-    def __init__(self, name: str) -> None:
-        """Keep the name."""
-        self._name = name
+    def __init__(self, home: str, name: str) -> None:
+        """Keep the name of the class and of its module."""
+        self._home, self._name = home, name
 
     def _load(self) -> "Any":
         from importlib import import_module
 
-        # This module puts the real classes in the place of their stubs.
-        return getattr(import_module("scalesweep_hf.quantizer"), self._name)
+        import_module("scalesweep_hf.quantizer")  # registers the rest
+        return getattr(import_module(f"scalesweep_hf.{self._home}"), self._name)
 
     def __call__(self, *args: "Any", **kwargs: "Any") -> "Any":
         """Call what it stands for."""
@@ -41,11 +41,11 @@ class Stub:
 
 def register_methods(auto: "Any") -> None:
     """Add our methods to ``transformers.quantizers.auto``; those already there stay."""
-    configs = {"scalesweep": "ScaleSweepConfig"}
-    for method, config in configs.items():
+    quantizer = Stub("quantizer", "ScaleSweepHfQuantizer")
+    for method, config in CONFIGS.items():
         if method not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
-            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = Stub(config)
-            auto.AUTO_QUANTIZER_MAPPING[method] = Stub("ScaleSweepHfQuantizer")
+            auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method] = config
+            auto.AUTO_QUANTIZER_MAPPING[method] = quantizer
 
 
 def register_model(models: "Any") -> None:
@@ -55,6 +55,10 @@ def register_model(models: "Any") -> None:
         registry.register("scalesweep", target="scalesweep_hf.evaluate.harness:ScaleSweepLM")
 
 
+CONFIGS = {
+    "scalesweep": Stub("config", "ScaleSweepConfig"),
+    "modelopt": Stub("modelopt", "ModelOptConfig"),
+}
 FOLLOWERS: "dict[str, Callable[[Any], None]]" = {
     "transformers.quantizers.auto": register_methods,
     "lm_eval.models": register_model,

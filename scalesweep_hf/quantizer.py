@@ -27,6 +27,7 @@ from scalesweep_hf.calibration.blocks import NotBlockwiseError
 from scalesweep_hf.calibration.data import check_source
 from scalesweep_hf.checkpoint import accept_loaded, check_files
 from scalesweep_hf.config import METHOD, ScaleSweepConfig
+from scalesweep_hf.modelopt import forget_converters, packed_modules, state_converters
 from scalesweep_hf.modules import LinearRecipe, NVFP4Linear
 from scalesweep_hf.names import canonical_name, matches
 from scalesweep_hf.packing import GPTQ, GroupPacker
@@ -67,6 +68,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype = getattr(torch, config.gptq_dtype)
         gptq = GPTQ(config.damping, dtype, plus=config.algorithm == "gptq-plus")
         self.packer = GroupPacker(gptq if config.uses_hessians else None)
+        self._from_modelopt = False
 
     @property
     def on_the_fly(self) -> bool:
@@ -122,11 +124,15 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            recorded = config.quantized_modules or []
-            if checkpoint_files and all(
-                Path(file).suffix == ".safetensors" for file in checkpoint_files
-            ):
-                check_files(checkpoint_files, recorded, model)
+            files = checkpoint_files or []
+            known = all(Path(file).suffix == ".safetensors" for file in files)
+            if config.quantized_modules is None:
+                self._from_modelopt = True
+                ignored = config.modules_to_not_convert
+                config.quantized_modules = packed_modules(model, ignored, files if known else [])
+            recorded = config.quantized_modules
+            if files and known:
+                check_files(files, recorded, model)
             names = find_modules(model, recorded)
         else:
             names = select_linears(model, config.modules_to_not_convert)
@@ -213,6 +219,12 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return 0.5
         return param.element_size()
 
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """Rename the scales of keys and values in a checkpoint of ModelOpt."""
+        return [*weight_conversions, *(state_converters() if self._from_modelopt else ())]
+
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that turns a weight into packed tensors."""
         return QuantizeOnTheFly(self)
@@ -223,6 +235,8 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         with torch.no_grad():
             if self.pre_quantized:
+                if self._from_modelopt:
+                    forget_converters(model)
                 for name, module in linears(model).items():
                     accept_loaded(name, module)
                 accept_states(model)

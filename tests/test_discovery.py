@@ -263,6 +263,6 @@ def test_methods_that_transformers_has_stay(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_looking_at_a_stub_loads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(discovery.Stub, "_load", lambda self: pytest.fail("loaded"))
-    stub = discovery.Stub("ScaleSweepConfig")
+    stub = discovery.Stub("config", "ScaleSweepConfig")
     assert not hasattr(stub, "__wrapped__")
     assert repr(stub)

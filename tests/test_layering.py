@@ -153,7 +153,7 @@ socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
 from transformers.quantizers import auto
 assert "scalesweep" not in auto.AUTO_QUANTIZER_MAPPING
 import scalesweep_hf as package
-assert {"scalesweep"} <= {*auto.AUTO_QUANTIZER_MAPPING} & {*auto.AUTO_QUANTIZATION_CONFIG_MAPPING}
+assert {"scalesweep", "modelopt"} <= {*auto.AUTO_QUANTIZATION_CONFIG_MAPPING}
 quantizer, config = package.ScaleSweepHfQuantizer, package.ScaleSweepConfig
 assert auto.AUTO_QUANTIZER_MAPPING["scalesweep"] is quantizer
 assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["scalesweep"] is config
