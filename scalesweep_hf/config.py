@@ -26,7 +26,7 @@ SCHEMES = ("W", "WA", "WAKV", "WAKVQ")
 # Announced in the documentation, refused until they exist.
 PLANNED = {"backend": ("triton",)}
 # What a saved checkpoint adds to a user's choices.
-RESOLVED = ("quantized_modules", "shared_inputs", "calibration", "version")
+RESOLVED = ("quantized_modules", "shared_inputs", "calibration", "version", "base_model")
 
 
 class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -149,6 +149,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.shared_inputs: list[list[str]] | None = None
         self.calibration: dict[str, Any] | None = None
         self.version: str | None = None
+        self.base_model: str | None = None
         self._take_resolved(kwargs)
         self.validate()
 

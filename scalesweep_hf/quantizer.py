@@ -25,11 +25,12 @@ from scalesweep_hf.blockwise import quantize_blockwise
 from scalesweep_hf.calibration import Statistics
 from scalesweep_hf.calibration.blocks import NotBlockwiseError
 from scalesweep_hf.calibration.data import check_source
+from scalesweep_hf.card import Cards, forget_cards
 from scalesweep_hf.checkpoint import accept_loaded, check_files
 from scalesweep_hf.config import METHOD, ScaleSweepConfig
 from scalesweep_hf.modelopt import forget_converters, packed_modules, state_converters
 from scalesweep_hf.modules import LinearRecipe, NVFP4Linear
-from scalesweep_hf.names import canonical_name, matches
+from scalesweep_hf.names import canonical_name, hub_id, matches
 from scalesweep_hf.packing import GPTQ, GroupPacker
 from scalesweep_hf.states import (
     accept_states,
@@ -251,12 +252,15 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     fill_states(model, statistics)
                     config.calibration = statistics.provenance
                 config.version = __version__
+                config.base_model = hub_id(model.name_or_path)
             if self.pre_quantized and config.dequantize:
                 self._dequantize(model)
                 return
             self.packer.share_importance(model)
             finish_states(model, config)
         model.add_model_tags(["nvfp4", METHOD])
+        ours = self.pre_quantized and not self._from_modelopt
+        Cards(model, Path(model.name_or_path) if ours else None)
 
     def _swap_tied_head(self, model: PreTrainedModel) -> None:
         """Give a tied head that the user wants quantized a weight of its own."""
@@ -304,6 +308,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             with align_module_device(module):
                 model.set_submodule(name, module.to_linear(target))
         unhook_states(model)
+        forget_cards(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:

@@ -199,6 +199,19 @@ def test_a_table_is_run_and_printed(
     assert out.count("\n") == 5
 
 
+def test_the_card_shows_what_was_measured(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"t": random_tokens(2, 16)}, tmp_path / "t.safetensors")
+    run(capsys, "quantize", random_model("llama"), tmp_path / "q", *PLAIN)
+    heldout = ("--heldout", tmp_path / "t.safetensors", "--output", tmp_path / "q" / "results.json")
+    run(capsys, "eval", tmp_path / "q", *heldout)
+    assert run(capsys, "card", tmp_path / "q")[:2] == (0, f"{tmp_path / 'q' / 'README.md'}\n")
+    perplexity = json.loads((tmp_path / "q" / "results.json").read_text())["perplexity"]
+    assert f"| perplexity | {perplexity:.5g} |" in (tmp_path / "q" / "README.md").read_text()
+    assert run(capsys, "card", random_model("llama"))[0] == 1
+
+
 START = """
 import sys
 class Refuse:
