@@ -43,6 +43,7 @@ NEVER = {
     "kernels": {"transformers", "accelerate", "datasets", "safetensors"},
     "modules/linear.py": {"transformers", "accelerate", "datasets"},
     "modules": {"datasets"},
+    "discovery": {"torch", "transformers", "lm_eval"},
     "calibration/observers.py": {"transformers", "datasets"},
     "calibration/collect.py": {"transformers", "datasets"},
 }
