@@ -6,6 +6,7 @@ Transformers generates are written over.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,11 @@ RESULTS = "results.json"
 MARK = (
     f"<!-- Written by {METHOD}_hf, and again when the model is saved. To edit it, remove this. -->"
 )
-# What the cards say that Transformers puts over any other when it pushes.
-GENERATED = "This model card has been automatically generated."
+# Of the card that Transformers puts over any other when it pushes.
+GENERATED = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model "
+    "card has been automatically generated."
+)
 TAGS = ("nvfp4", METHOD)
 RECIPE = ("scheme", "objective", "algorithm", "window", "overrides", "modules_to_not_convert")
 
@@ -58,11 +62,15 @@ def write_card(
 
 
 def is_generated(file: Path) -> bool:
-    """Whether a card is absent, or may be written over because a program wrote it."""
+    """Whether a card is absent, or may be written over because a program alone wrote it."""
     if not file.is_file():
         return True
-    text = file.read_text(encoding="utf-8")
-    return MARK in text or GENERATED in text
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if GENERATED not in text:
+        return MARK in text
+    card = ModelCard(text, ignore_metadata_errors=True)
+    template = ModelCard.from_template(card.data, model_description=GENERATED)  # type: ignore[arg-type]
+    return bool(card.text.strip() == template.text.strip())
 
 
 class Cards:
@@ -78,7 +86,7 @@ class Cards:
         """
         self._model = model
         self._source = source
-        self._own: str | None = None
+        self._own: bytes | None = None
         model.save_pretrained = self.save
         model._upload_modified_files = self.upload
 
@@ -92,7 +100,7 @@ class Cards:
         """Save the model as its class does, and the card beside it."""
         file = Path(save_directory) / NAME
         # Transformers writes over it before it uploads.
-        self._own = None if is_generated(file) else file.read_text(encoding="utf-8")
+        self._own = None if is_generated(file) else file.read_bytes()
         model = self._model
         try:
             saved = type(model).save_pretrained(
@@ -100,7 +108,8 @@ class Cards:
             )
         finally:
             self._own, own = None, self._own
-        if is_main_process and own is None and is_generated(file):
+        is_saved = is_main_process and file.with_name("config.json").is_file()
+        if is_saved and own is None and is_generated(file):
             self._write(file, "path/to/this/model")
         return saved
 
@@ -108,7 +117,7 @@ class Cards:
         """Upload the files of a folder, with the right card among them."""
         file = Path(working_dir) / NAME
         if self._own is not None:
-            write_text(file, self._own)
+            file.write_bytes(self._own)
         elif is_generated(file):
             self._write(file, repo_id)
         return type(self._model)._upload_modified_files(self._model, working_dir, repo_id, *a, **kw)
@@ -116,9 +125,8 @@ class Cards:
     def _write(self, file: Path, name: str) -> None:
         source = self._source
         if source is not None and (source / NAME).is_file():
-            if file.is_file() and file.samefile(source / NAME):
-                return
-            write_text(file, (source / NAME).read_text(encoding="utf-8"))
+            if not (file.is_file() and file.samefile(source / NAME)):
+                shutil.copyfile(source / NAME, file)
             return
         figures = None
         if source is not None and (source / RESULTS).is_file():
@@ -144,8 +152,11 @@ def _write(folder: Path, figures: Mapping[str, Any] | None, name: str) -> None:
     file = folder / NAME
     old: dict[str, Any] = {}
     if file.is_file():
-        old = ModelCard(file.read_text("utf-8")).data.to_dict()  # type: ignore[no-untyped-call]
+        card = ModelCard(file.read_text("utf-8"), ignore_metadata_errors=True)
+        old = card.data.to_dict()  # type: ignore[no-untyped-call]
     tags = list(dict.fromkeys([*TAGS, *(old.pop("tags", None) or ())]))
+    for field in ("base_model", "base_model_relation"):  # perhaps of other weights
+        old.pop(field, None)
     (architecture,) = (config.get("architectures") or [""])[:1]
     fields: dict[str, Any] = {"library_name": "transformers", "tags": tags}
     if recipe.get("base_model"):

@@ -259,8 +259,8 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             self.packer.share_importance(model)
             finish_states(model, config)
         model.add_model_tags(["nvfp4", METHOD])
-        ours = self.pre_quantized and not self._from_modelopt
-        Cards(model, Path(model.name_or_path) if ours else None)
+        reloaded = self.pre_quantized and not self._from_modelopt and model.name_or_path
+        Cards(model, Path(model.name_or_path) if reloaded else None)
 
     def _swap_tied_head(self, model: PreTrainedModel) -> None:
         """Give a tied head that the user wants quantized a weight of its own."""

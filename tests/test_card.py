@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard
+import transformers as tf
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from scalesweep_hf import ScaleSweepConfig
 from scalesweep_hf.card import GENERATED, MARK, write_card
@@ -84,11 +86,16 @@ def test_a_readme_that_somebody_wrote_stays(model: Any, tmp_path: Path) -> None:
     assert file.read_text() == "mine"
     with pytest.raises(FileExistsError, match=r"README\.md is not of this package: rename it"):
         write_card(tmp_path)
-    for generated in (f"old\n{MARK}", f"---\nlicense: mit\n---\n{GENERATED}"):
+    template = ModelCard.from_template(ModelCardData(license="mit"), model_description=GENERATED)
+    file.write_text(str(template).replace("[More Information Needed]", "mine", 1))
+    model.save_pretrained(tmp_path)
+    assert "mine" in file.read_text()
+    for generated in (f"---\nbase_model: org/old\n---\nold\n{MARK}", str(template)):
         file.write_text(generated)
         model.save_pretrained(tmp_path)
         assert "## Recipe" in file.read_text()
     assert card_of(tmp_path).data.license == "mit"
+    assert card_of(tmp_path).data.base_model is None
 
 
 @pytest.mark.parametrize("place", ["beside", "given"])
@@ -136,6 +143,22 @@ def test_copies_and_dequantized_models_save_themselves(model: Any, tmp_path: Pat
     assert not (tmp_path / "plain" / "README.md").exists()
 
 
+def test_a_checkpoint_without_a_name_takes_no_card_from_the_working_folder(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "q")
+    (tmp_path / "q" / "README.md").unlink()
+    (tmp_path / "README.md").write_text("of something else")
+    monkeypatch.chdir(tmp_path)
+    config = tf.AutoConfig.from_pretrained(tmp_path / "q")
+    config._name_or_path = ""
+    tensors = load_file(tmp_path / "q" / "model.safetensors")
+    kind = tf.LlamaForCausalLM
+    nameless = kind.from_pretrained(None, config=config, state_dict=tensors)
+    nameless.save_pretrained(tmp_path / "again")
+    assert "## Recipe" in (tmp_path / "again" / "README.md").read_text()
+
+
 # Up to the boundary of the Hub: only the calls that would reach it are replaced.
 
 
@@ -181,8 +204,6 @@ with torch.no_grad():
 def test_what_is_pushed_is_complete_and_carries_the_card(
     way: str, model: Any, hub: Path, tmp_path: Path
 ) -> None:
-    from safetensors.torch import save_file
-
     if way == "push_to_hub":
         assert model.push_to_hub("me/model-NVFP4", tags=["mine"]) == "commit to me/model-NVFP4"
     else:
