@@ -1,4 +1,4 @@
-"""The command line: ``scalesweep quantize | eval | report | inspect``."""
+"""The command line: ``scalesweep quantize | eval | report | inspect | card``."""
 
 import json
 import resource
@@ -248,6 +248,19 @@ def inspect(
 ) -> None:
     """Say what is in a quantized checkpoint, without loading it."""
     show(path, describe_checkpoint(Path(path)), as_json)
+
+
+@app.command(epilog="Example: scalesweep eval FOLDER --tasks piqa --output FOLDER/results.json")
+def card(
+    folder: Annotated[Path, typer.Argument(help="Of a quantized model.", show_default=False)],
+    results: Annotated[
+        Path | None, typer.Option(help="What eval wrote; results.json in FOLDER if not given.")
+    ] = None,
+) -> None:
+    """Write FOLDER's README.md, with the figures of an evaluation."""
+    from scalesweep_hf.card import write_card
+
+    typer.echo(write_card(folder, results))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

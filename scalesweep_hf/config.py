@@ -25,7 +25,7 @@ KINDS = tuple(LETTERS)
 ALGORITHMS = ("rtn", "gptq", "gptq-plus")
 SCHEMES = ("W", "WA", "WAKV", "WAKVQ")
 # What a saved checkpoint adds to a user's choices.
-RESOLVED = ("quantized_modules", "shared_inputs", "calibration", "version")
+RESOLVED = ("quantized_modules", "shared_inputs", "calibration", "version", "base_model")
 
 
 class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -149,6 +149,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.shared_inputs: list[list[str]] | None = None
         self.calibration: dict[str, Any] | None = None
         self.version: str | None = None
+        self.base_model: str | None = None
         self._take_resolved(kwargs)
         self.validate()
 
@@ -237,7 +238,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unused = data is None or (isinstance(data, str) and data == "self")
         if self.statistics is not None and not unused:
             raise ValueError("dataset and statistics are both given: drop one of them")
-        if data is None and self.needs_calibration and self.quantized_modules is None:
+        known = self.quantized_modules is not None or self.calibration is not None
+        if data is None and self.needs_calibration and not known:
             raise ValueError(
                 f"scheme {self.scheme!r} with objective {self.objective!r} needs calibration, but "
                 "dataset is None: use dataset='self', or scheme 'W' with objective 'mse'"

@@ -52,7 +52,8 @@ def summarise(path: Path) -> dict[str, Any]:
     result = {key: recipe.get(key) for key in ("scheme", "algorithm", "objective", "version")}
     if calibration:
         rows, length = calibration.get("num_samples"), calibration.get("sequence_length")
-        result["calibration"] = f"{calibration.get('source')}, {rows} x {length} tokens"
+        size = f", {rows} x {length} tokens" if rows else ""
+        result["calibration"] = f"{calibration.get('source')}{size}"
     result["size_mb"] = round(sum(shard.stat().st_size for shard in files) / MB, 1)
     result["linears"] = len(recipe.get("quantized_modules") or [])
     if counts["weights"]:

@@ -1,6 +1,7 @@
 """How modules, states and calibration data are named in checkpoints, statistics and patterns."""
 
 import fnmatch
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ def matches(model: Any, name: str, pattern: str) -> bool:
         fnmatch.fnmatchcase(spelling, pattern) or fnmatch.fnmatchcase(spelling, f"{pattern}.*")
         for spelling in spellings
     )
+
+
+def hub_id(name: str) -> str | None:
+    """Return the name of a model where it is one on the Hub, and not a folder."""
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
+    return name if is_id else None
 
 
 def is_local_file(dataset: str) -> bool:

@@ -25,10 +25,12 @@ from scalesweep_hf.blockwise import quantize_blockwise
 from scalesweep_hf.calibration import Statistics
 from scalesweep_hf.calibration.blocks import NotBlockwiseError
 from scalesweep_hf.calibration.data import check_source
+from scalesweep_hf.card import Cards, forget_cards
 from scalesweep_hf.checkpoint import accept_loaded, check_files
 from scalesweep_hf.config import METHOD, ScaleSweepConfig
+from scalesweep_hf.modelopt import forget_converters, packed_modules, state_converters
 from scalesweep_hf.modules import LinearRecipe, NVFP4Linear
-from scalesweep_hf.names import canonical_name, matches
+from scalesweep_hf.names import canonical_name, hub_id, matches
 from scalesweep_hf.packing import GPTQ, GroupPacker
 from scalesweep_hf.states import (
     accept_states,
@@ -67,6 +69,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype = getattr(torch, config.gptq_dtype)
         gptq = GPTQ(config.damping, dtype, plus=config.algorithm == "gptq-plus")
         self.packer = GroupPacker(gptq if config.uses_hessians else None)
+        self._from_modelopt = False
 
     @property
     def on_the_fly(self) -> bool:
@@ -122,11 +125,15 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         config = self.quantization_config
         if self.pre_quantized:
-            recorded = config.quantized_modules or []
-            if checkpoint_files and all(
-                Path(file).suffix == ".safetensors" for file in checkpoint_files
-            ):
-                check_files(checkpoint_files, recorded, model)
+            files = checkpoint_files or []
+            known = all(Path(file).suffix == ".safetensors" for file in files)
+            if config.quantized_modules is None:
+                self._from_modelopt = True
+                ignored = config.modules_to_not_convert
+                config.quantized_modules = packed_modules(model, ignored, files if known else [])
+            recorded = config.quantized_modules
+            if files and known:
+                check_files(files, recorded, model)
             names = find_modules(model, recorded)
         else:
             names = select_linears(model, config.modules_to_not_convert)
@@ -214,6 +221,12 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             return 0.5
         return param.element_size()
 
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """Rename the scales of keys and values in a checkpoint of ModelOpt."""
+        return [*weight_conversions, *(state_converters() if self._from_modelopt else ())]
+
     def get_quantize_ops(self) -> ConversionOps:
         """Return the operation that turns a weight into packed tensors."""
         return QuantizeOnTheFly(self)
@@ -224,6 +237,8 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         with torch.no_grad():
             if self.pre_quantized:
+                if self._from_modelopt:
+                    forget_converters(model)
                 for name, module in linears(model).items():
                     accept_loaded(name, module)
                 accept_states(model)
@@ -238,12 +253,15 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
                     fill_states(model, statistics)
                     config.calibration = statistics.provenance
                 config.version = __version__
+                config.base_model = hub_id(model.name_or_path)
             if self.pre_quantized and config.dequantize:
                 self._dequantize(model)
                 return
             self.packer.share_importance(model)
             finish_states(model, config)
         model.add_model_tags(["nvfp4", METHOD])
+        reloaded = self.pre_quantized and not self._from_modelopt and model.name_or_path
+        Cards(model, Path(model.name_or_path) if reloaded else None)
 
     def _swap_tied_head(self, model: PreTrainedModel) -> None:
         """Give a tied head that the user wants quantized a weight of its own."""
@@ -291,6 +309,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
             with align_module_device(module):
                 model.set_submodule(name, module.to_linear(target))
         unhook_states(model)
+        forget_cards(model)
         return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -338,3 +357,6 @@ def register() -> None:
     if ScaleSweepConfig not in registry.LOADING_ATTRIBUTES_CONFIG_TYPES:
         # Without this, a config passed when loading a saved checkpoint is ignored as a whole.
         registry.LOADING_ATTRIBUTES_CONFIG_TYPES += (ScaleSweepConfig,)
+
+
+register()

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -127,7 +128,8 @@ def test_without_the_plug_in_loading_fails_hard(packed: Path) -> None:
         "import sys, transformers; transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
     )
     command = [sys.executable, "-c", script, str(packed)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = os.environ | {"SCALESWEEP_NO_AUTOLOAD": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert result.returncode != 0
     assert "size mismatch" in result.stderr.lower() or "mismatch" in result.stderr.lower()
     plugged = [sys.executable, "-c", f"import scalesweep_hf; {script}", str(packed)]

@@ -1,5 +1,7 @@
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -197,5 +199,56 @@ def test_a_table_is_run_and_printed(
     assert out.count("\n") == 5
 
 
+def test_the_card_shows_what_was_measured(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file({"t": random_tokens(2, 16)}, tmp_path / "t.safetensors")
+    run(capsys, "quantize", random_model("llama"), tmp_path / "q", *PLAIN)
+    heldout = ("--heldout", tmp_path / "t.safetensors", "--output", tmp_path / "q" / "results.json")
+    run(capsys, "eval", tmp_path / "q", *heldout)
+    assert run(capsys, "card", tmp_path / "q")[:2] == (0, f"{tmp_path / 'q' / 'README.md'}\n")
+    perplexity = json.loads((tmp_path / "q" / "results.json").read_text())["perplexity"]
+    assert f"| perplexity | {perplexity:.5g} |" in (tmp_path / "q" / "README.md").read_text()
+    assert run(capsys, "card", random_model("llama"))[0] == 1
+
+
+START = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name == REFUSED:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Refuse())
+from scalesweep_hf.__main__ import main
+sys.argv = ["scalesweep", *sys.argv[1:]]
+main()
+"""
+
+
+def start(refused: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the script as if Ctrl-C were pressed while a module is imported."""
+    code = START.replace("REFUSED", repr(refused))
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("heavy", ["torch", "transformers"])
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--help"], 0), (["quantize", "--help"], 0), (["--version"], 0), (["eval", "--no"], 2)],
+)
+def test_help_and_wrong_usage_import_neither_torch_nor_transformers(
+    arguments: list[str], code: int, heavy: str
+) -> None:
+    done = start(heavy, *arguments)
+    assert done.returncode == code, done.stderr
+
+
+@pytest.mark.parametrize("module", ["typer", "torch", "transformers"])
+def test_ctrl_c_during_imports_ends_without_a_traceback(module: str, tmp_path: Path) -> None:
+    done = start(module, "quantize", str(tmp_path), str(tmp_path / "out"))
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
+
+
 def test_the_script_is_installed() -> None:
-    assert 'scalesweep = "scalesweep_hf.cli:main"' in (ROOT / "pyproject.toml").read_text()
+    assert 'scalesweep = "scalesweep_hf.__main__:main"' in (ROOT / "pyproject.toml").read_text()

@@ -44,6 +44,7 @@ FULL: dict[str, Any] = {
     "shared_inputs": [["layers.0.up_proj", "layers.0.gate_proj"]],
     "calibration": {"source": "self", "num_samples": 3},
     "version": "0.1.0",
+    "base_model": "org/model",
 }
 EXAMPLES: list[dict[str, Any]] = [
     {},
@@ -140,7 +141,7 @@ def test_fields_are_keyword_only() -> None:
 
 
 def test_resolved_fields_start_empty() -> None:
-    assert [getattr(ScaleSweepConfig(), name) for name in RESOLVED] == [None] * 4
+    assert [getattr(ScaleSweepConfig(), name) for name in RESOLVED] == [None] * len(RESOLVED)
 
 
 WRONG = [

@@ -1,6 +1,7 @@
 """Imports point one way: ops <- kernels <- modules, calibration <- the rest <- cli."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What each part may import of the package, itself aside. Others are glue: anything but cli.
 MAY_IMPORT = {
     "version": set[str](),
+    "discovery": set[str](),
     "ops": set[str](),
     "kernels": {"ops"},
     "modules": {"ops", "kernels"},
@@ -41,6 +43,7 @@ NEVER = {
     "kernels": {"transformers", "accelerate", "datasets", "safetensors"},
     "modules/linear.py": {"transformers", "accelerate", "datasets"},
     "modules": {"datasets"},
+    "discovery": {"torch", "transformers", "lm_eval"},
     "calibration/observers.py": {"transformers", "datasets"},
     "calibration/collect.py": {"transformers", "datasets"},
 }
@@ -151,8 +154,10 @@ socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
 from transformers.quantizers import auto
 assert "scalesweep" not in auto.AUTO_QUANTIZER_MAPPING
 import scalesweep_hf as package
-assert auto.AUTO_QUANTIZER_MAPPING["scalesweep"] is package.ScaleSweepHfQuantizer
-assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["scalesweep"] is package.ScaleSweepConfig
+assert {"scalesweep", "modelopt"} <= {*auto.AUTO_QUANTIZATION_CONFIG_MAPPING}
+quantizer, config = package.ScaleSweepHfQuantizer, package.ScaleSweepConfig
+assert auto.AUTO_QUANTIZER_MAPPING["scalesweep"] is quantizer
+assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING["scalesweep"] is config
 missing = [name for name in package.__all__ if not hasattr(package, name)]
 assert not missing, missing
 assert len(package.__all__) <= 12
@@ -160,6 +165,7 @@ assert len(package.__all__) <= 12
 
 
 def test_importing_registers_the_method_and_touches_no_network() -> None:
-    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True)
+    env = os.environ | {"SCALESWEEP_NO_AUTOLOAD": "1"}
+    done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""

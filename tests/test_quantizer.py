@@ -461,8 +461,10 @@ def test_calibrating_leaves_the_model_as_it_was(random_model: Folders) -> None:
 def test_loading_twice_registers_once() -> None:
     from transformers.quantizers import auto
 
+    from scalesweep_hf.quantizer import register
+
     before = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
-    scalesweep_hf.quantizer.register()
+    register()
     assert before == auto.LOADING_ATTRIBUTES_CONFIG_TYPES
     assert auto.AUTO_QUANTIZER_MAPPING["scalesweep"] is scalesweep_hf.ScaleSweepHfQuantizer
 

@@ -3,8 +3,9 @@ r"""Evaluate with lm-eval: a model "scalesweep" for its command line, and tasks 
     python -m scalesweep_hf.evaluate.harness --model scalesweep \
         --model_args pretrained=FOLDER_OR_ID,scheme=WA,objective=wmse --tasks hellaswag
 
-is `lm_eval` with that model registered: a quantized checkpoint as it is, or a full-precision one,
-quantized on load by the fields of `ScaleSweepConfig` among the model arguments.
+is `lm_eval` with that model registered (`discovery.py`; plain `lm_eval` has it too unless that is
+turned off): a quantized checkpoint as it is, or a full-precision one, quantized on load by the
+fields of `ScaleSweepConfig` among the model arguments.
 """
 
 import logging
@@ -14,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import lm_eval
-from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import AutoConfig
@@ -26,7 +26,6 @@ CALIBRATION_BATCH = "calibration_batch_size"
 FIELDS = set(ScaleSweepConfig.choices()) - {"batch_size", "backend"}
 
 
-@register_model("scalesweep")
 class ScaleSweepLM(HFLM):  # type: ignore[misc]
     """lm-eval's Hugging Face model, quantized on load where the arguments say how."""
 
