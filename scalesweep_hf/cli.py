@@ -2,9 +2,7 @@
 
 import json
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from scalesweep_hf.files import write_text
+from scalesweep_hf.files import check_free, whole_folder, write_text
 from scalesweep_hf.version import __version__
 
 app = typer.Typer(
@@ -303,23 +301,11 @@ def make_recipe(file: Path | None, given: dict[str, Any]) -> Any:
     return ScaleSweepConfig(**fields)
 
 
-def check_free(out: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        FileExistsError: the folder exists and is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd()):
-        raise FileExistsError(f"{out} exists: name a new folder, or remove it")
-
-
 def save_whole(model: Any, source: str, out: Path) -> None:
     """Save a model and its tokenizer under a temporary name, and rename the folder when whole."""
     from transformers import AutoTokenizer
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}."))
-    try:
+    with whole_folder(out) as part:
         model.save_pretrained(part)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -327,18 +313,6 @@ def save_whole(model: Any, source: str, out: Path) -> None:
             console.print(f"No tokenizer at {source} ({type(error).__name__}): none is saved.")
         else:
             tokenizer.save_pretrained(part)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    try:
-        if out.exists():
-            out.rmdir()
-        part.chmod(0o755)  # temporary folders are private
-        part.rename(out)
-    except OSError as error:
-        raise OSError(
-            f"the model is saved in {part}, which cannot become {out}: {error}"
-        ) from error
 
 
 def measure(plan: Any, recipe: Any, reference: str | None) -> dict[str, Any]:
