@@ -1,4 +1,4 @@
-"""The command line: ``scalesweep quantize | eval | report | inspect``."""
+"""The command line: ``scalesweep quantize | eval | report | export | inspect``."""
 
 import json
 import resource
@@ -240,12 +240,68 @@ def report(
         typer.echo(f"{output}: {len(gaps)} rows, {output.stat().st_size / 1e3:.0f} kB")
 
 
-@app.command(epilog="Example: scalesweep inspect MODEL")
-def inspect(
-    path: Annotated[str, typer.Argument(help="Folder.", show_default=False)], as_json: Json = False
+@app.command(
+    epilog="Examples: scalesweep export MODEL OUT --format compressed-tensors; "
+    "scalesweep export MODEL OUT --format modelopt --without-states"
+)
+def export(
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a quantized model.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Option("--format", help="compressed-tensors or modelopt.", show_default=False),
+    ],
+    without_states: Annotated[
+        bool, typer.Option(help="Leave out the scales of keys, values and queries.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what is in a quantized checkpoint, without loading it."""
-    show(path, describe_checkpoint(Path(path)), as_json)
+    """Write a quantized model for vLLM, SGLang, TensorRT-LLM or plain Transformers."""
+    from scalesweep_hf.export import export_checkpoint
+
+    start = time.perf_counter()
+    result = export_checkpoint(source, out.resolve(), target, states=not without_states)
+    result |= {
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_mb": round(peak_memory() / MB),
+    }
+    inexact = len(result["inexact"])
+    show(str(out), result if as_json else result | {"inexact": inexact}, as_json)
+
+
+@app.command(epilog="Examples: scalesweep inspect MODEL; scalesweep inspect MODEL --for vllm")
+def inspect(
+    path: Annotated[str, typer.Argument(help="Folder.", show_default=False)],
+    engine: Annotated[
+        str | None,
+        typer.Option("--for", help="vllm or sglang: also say why it would not be served right."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Explain an NVFP4 checkpoint of this package, ModelOpt or compressed-tensors.
+
+    Nothing is loaded. With --for, the exit code is 1 if there are problems.
+    """
+    from scalesweep_hf.export.layout import read_checkpoint
+    from scalesweep_hf.export.serving import check_serving
+    from scalesweep_hf.inspection import by_kind, explain
+
+    problems = None if engine is None else check_serving(read_checkpoint(Path(path)), engine)
+    result = explain(Path(path))
+    if as_json:
+        show(path, result if problems is None else result | {"problems": problems}, as_json)
+    else:
+        rows = by_kind(result.pop("layers"))
+        show(path, result, as_json)
+        show_rows(rows)
+        for line in problems or ():
+            typer.echo(f"- {line}")
+        if problems is not None:
+            typer.echo(f"{len(problems)} problems for {engine}")
+    if problems:
+        raise typer.Exit(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -362,6 +418,14 @@ def show(title: str, values: dict[str, Any], as_json: bool) -> None:
     table = Table(title=title, show_header=False)
     for key, value in values.items():
         table.add_row(key, f"{value:.5g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def show_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table of rows that have the same keys."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
 
 
