@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from scalesweep_hf.export.layout import (
-    BLOCK_SCALE,
     COMPRESSED_TENSORS,
     MODELOPT,
     Checkpoint,

@@ -26,7 +26,7 @@ g. Cache. compressed-tensors: 8 bits, one scale per tensor, symmetric; other sch
 [4] https://github.com/sgl-project/sglang/blob/003ca3e5152c94c92d88fd43d5eb58e55201e895/python/sglang/srt/layers/quantization/modelopt_quant.py
 [5] https://github.com/vllm-project/vllm/issues/45212
 [6] https://github.com/vllm-project/vllm/blob/004dadbe4ed2cac9b4f140c50cc6a8d188c07c91/vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py
-"""  # noqa: E501
+"""
 
 import fnmatch
 import math

@@ -27,7 +27,9 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("scale_range", "exact_at_once", "exact"), [(256.0, 102, 116), (448.0, 124, 126)]
 )
-def test_all_tensor_scales_of_one_binade(scale_range: float, exact_at_once: int, exact: int) -> None:
+def test_all_tensor_scales_of_one_binade(
+    scale_range: float, exact_at_once: int, exact: int
+) -> None:
     scales = (1 + torch.arange(128) / 128) / (scale_range * 6)
     at_once = found = 0
     for scale in scales:
@@ -60,5 +62,5 @@ def test_powers_of_two_move_the_divisor_and_nothing_else(value: float, exponent:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e39, float("nan"), 3e38])
 def test_a_scale_without_reciprocal_is_refused(scale: float) -> None:
-    with pytest.raises(ValueError, match="has no reciprocal in float32.*export to modelopt"):
+    with pytest.raises(ValueError, match=r"has no reciprocal in float32.*export to modelopt"):
         find_divisor(torch.tensor(scale))

@@ -109,7 +109,9 @@ def test_shards_are_written_one_by_one_and_untouched_ones_linked(
     export_checkpoint(quantized("llama", "WA"), whole, "compressed-tensors")
     expected, found = tensors(whole), tensors(tmp_path / "out")
     assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[n].view(torch.uint8), found[n].view(torch.uint8)) for n in found)
+    assert all(
+        torch.equal(expected[n].view(torch.uint8), found[n].view(torch.uint8)) for n in found
+    )
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == found.keys()
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
@@ -197,7 +199,7 @@ def test_a_wrong_source_is_refused_by_name(
     folder = Path(shutil.copytree(quantized("llama"), tmp_path / "own-code"))
     config = config_of(folder) | {"architectures": ["OwnModel"]}
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="'OwnModel' .* is not part of transformers"):
+    with pytest.raises(ValueError, match=r"'OwnModel' .* is not part of transformers"):
         export_checkpoint(folder, out, "modelopt")
     config["quantization_config"]["quantized_modules"].pop()
     (folder / "config.json").write_text(json.dumps(config))
