@@ -17,8 +17,8 @@ f. Ignore lists name what is not quantized, and nothing that is. compressed-tens
    "re:" and a regular expression that matches from the start [3]. ModelOpt: wildcards; vLLM also
    leaves a layer alone if an entry occurs anywhere in its name, so that "mlp.gate" takes
    "mlp.gate_up_proj" along [1]; SGLang matches whole names [4].
-g. Cache. compressed-tensors: 8 bits, one scale per tensor, symmetric; other schemes stop vLLM [6].
-   A config group without weights (attention) is not read [6].
+g. Cache. compressed-tensors: 8 bits, one scale per tensor, symmetric; other schemes stop vLLM [6],
+   and SGLang reads none [7]. A config group without weights (attention) stops both [6, 7].
 
 [1] https://github.com/vllm-project/vllm/blob/00155cdecca722d98e34234c3d172725b7720b7d/vllm/model_executor/layers/quantization/modelopt.py
 [2] https://github.com/vllm-project/vllm/blob/0094cb9b1d7bfe2054e733d2cad09b76cf319897/vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a4_nvfp4.py
@@ -26,6 +26,7 @@ g. Cache. compressed-tensors: 8 bits, one scale per tensor, symmetric; other sch
 [4] https://github.com/sgl-project/sglang/blob/003ca3e5152c94c92d88fd43d5eb58e55201e895/python/sglang/srt/layers/quantization/modelopt_quant.py
 [5] https://github.com/vllm-project/vllm/issues/45212
 [6] https://github.com/vllm-project/vllm/blob/004dadbe4ed2cac9b4f140c50cc6a8d188c07c91/vllm/model_executor/layers/quantization/compressed_tensors/compressed_tensors.py
+[7] https://github.com/sgl-project/sglang/blob/b5535699b732af5d2e049cc5b70112718964b774/python/sglang/srt/layers/quantization/compressed_tensors/compressed_tensors.py
 """
 
 import fnmatch
@@ -115,10 +116,10 @@ def _description(checkpoint: Checkpoint, method: str, engine: str) -> Iterator[s
         yield f"format is {recipe.get('format')!r}, expected 'nvfp4-pack-quantized'"
     cache = recipe.get("kv_cache_scheme")
     if cache and (cache.get("num_bits"), cache.get("strategy")) != (8, "tensor"):
+        reads = "reads 8 bits per tensor" if engine == "vllm" else "reads no scheme"
         yield (
             f"kv_cache_scheme has {cache.get('num_bits')} bits and strategy "
-            f"{cache.get('strategy')!r}, where {engine} reads 8 bits per tensor: export with "
-            "--without-states"
+            f"{cache.get('strategy')!r}, where {engine} {reads}: export with --without-states"
         )
     for key, group in (recipe.get("config_groups") or {}).items():
         if not group.get("weights"):
