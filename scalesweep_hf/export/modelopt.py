@@ -54,13 +54,14 @@ def describe(checkpoint: Checkpoint, unquantized: Unquantized) -> dict[str, Any]
             f"the input of {plain[0]} is not quantized while others are, which ModelOpt's NVFP4 "
             "cannot say: export to compressed-tensors, or quantize without overrides"
         )
+    experts = [f"{name}*" for name in unquantized.experts]
     return {
         "producer": {"name": "scalesweep_hf", "version": __version__},
         "quantization": {
             "quant_algo": "W4A16_NVFP4" if plain else "NVFP4",
             "kv_cache_quant_algo": None,
             "group_size": BLOCK,
-            "exclude_modules": [*unquantized.modules, *(f"{n}*" for n in unquantized.experts)],
+            "exclude_modules": [*unquantized.modules, *unquantized.embeddings, *experts],
         },
     }
 

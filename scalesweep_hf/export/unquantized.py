@@ -21,10 +21,12 @@ class Unquantized:
     Attributes:
         modules: names of Linears, as the files and as Transformers spell them.
         experts: names of modules all of whose numbered experts stay; these are not in ``modules``.
+        embeddings: names of embeddings, which ModelOpt lists and compressed-tensors does not.
     """
 
     modules: list[str]
     experts: list[str]
+    embeddings: list[str]
 
 
 def find_unquantized(checkpoint: Checkpoint, model: nn.Module) -> Unquantized:
@@ -44,7 +46,7 @@ def find_unquantized(checkpoint: Checkpoint, model: nn.Module) -> Unquantized:
         and canonical_name(model, name) not in recorded
         and name not in checkpoint.layers
     }
-    return Unquantized(*_collapse(names, checkpoint.layers))
+    return Unquantized(*_collapse(names, checkpoint.layers), sorted(embeddings))
 
 
 def empty_model(checkpoint: Checkpoint) -> nn.Module:

@@ -65,7 +65,7 @@ def test_modelopt_changes_no_tensor_and_copies_no_weight(
         "quant_algo": "NVFP4" if scheme == "WA" else "W4A16_NVFP4",
         "kv_cache_quant_algo": None,
         "group_size": 16,
-        "exclude_modules": ["lm_head"],
+        "exclude_modules": ["lm_head", "model.embed_tokens"],
     }
     config = config_of(tmp_path / "out")
     group = config["quantization_config"]["config_groups"]["group_0"]

@@ -37,6 +37,18 @@ oneshot(
 model.save_pretrained(sys.argv[4], save_compressed=True)
 """
 
+# Model-Optimizer quantizes the model in `folder`.
+MODEL_OPTIMIZER_WRITES = """
+import modelopt.torch.quantization as mtq
+from modelopt.torch.export import export_hf_checkpoint
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = torch.randint(3, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+model = mtq.quantize(model, mtq.NVFP4_DEFAULT_CFG, lambda model: model(input_ids=ids))
+with torch.inference_mode():
+    export_hf_checkpoint(model, export_dir=sys.argv[3])
+"""
+
 # Model-Optimizer converts our description and decodes our tensors.
 MODEL_OPTIMIZER = """
 import json
@@ -104,3 +116,22 @@ def test_model_optimizer_reads_our_description_and_our_bits(
         expected = dequantize(module.quantized_weight())
         torch.testing.assert_close(found[name], expected, rtol=2**-23, atol=0)
     assert len(load_file(tmp_path / "out" / "model.safetensors")) > 14
+
+
+def test_model_optimizer_writes_the_same_tensors_and_description(
+    quantized: Callable[..., Path], random_model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    need("modelopt")
+    read(MODEL_OPTIMIZER_WRITES, random_model("llama"), tmp_path, tmp_path / "theirs")
+    export_checkpoint(quantized("llama", "WA"), tmp_path / "ours", "modelopt")
+    ours, other = read_checkpoint(tmp_path / "ours"), read_checkpoint(tmp_path / "theirs")
+    assert {name: (e.dtype, e.shape) for name, e in ours.entries.items()} == {
+        name: (e.dtype, e.shape) for name, e in other.entries.items()
+    }
+    descriptions = [
+        json.loads((folder / "hf_quant_config.json").read_text()) | {"producer": None}
+        for folder in (ours.folder, other.folder)
+    ]
+    assert descriptions[0] == descriptions[1]
+    assert ours.recipe | {"producer": None} == other.recipe | {"producer": None}
+    assert check_serving(other, "sglang") == check_serving(other, "vllm") == []
