@@ -14,9 +14,10 @@ d. Fused projections (q/k/v, gate/up, w1/w3) become one matrix with one tensor s
 e. Inputs. What the configuration says of activations agrees with the stored input scales: an
    input scale that is declared and missing is read from uninitialised memory [1, 2].
 f. Ignore lists name what is not quantized, and nothing that is. compressed-tensors: a name, or
-   "re:" and a regular expression that matches from the start [3]. ModelOpt: wildcards; vLLM also
-   leaves a layer alone if an entry occurs anywhere in its name, so that "mlp.gate" takes
-   "mlp.gate_up_proj" along [1]; SGLang matches whole names [4].
+   "re:" and a regular expression that matches from the start [3]. ModelOpt: names, or wildcards,
+   which are held against fused names: "*.qkv_proj", not "*.q_proj". vLLM also leaves a layer alone
+   if an entry occurs anywhere in its fused name, so that "mlp.gate" takes "mlp.gate_up_proj" along
+   [1]; SGLang matches whole names [4].
 g. Cache. compressed-tensors: 8 bits, one scale per tensor, symmetric; other schemes stop vLLM [6],
    and SGLang reads none [7]. A config group without weights (attention) stops both [6, 7].
 
@@ -230,17 +231,19 @@ def _matches(pattern: str, name: str) -> bool:
 
 
 def _excludes(pattern: str, name: str, engine: str) -> bool:
-    """Whether an entry of ModelOpt's ignore list leaves a module alone; numbered experts as one."""
-    names = {name, re.sub(r"(\.experts)\.\d+\..*", r"\1", name)}
-    if any(fnmatch.fnmatchcase(spelling, pattern) for spelling in names):
+    """Whether an entry of ModelOpt's ignore list leaves a module alone.
+
+    Wildcards are held against the module that the engine builds: the fused projection, and all
+    numbered experts as one.
+    """
+    built = re.sub(r"(\.experts)\.\d+\..*", r"\1", _fuse(name))
+    if pattern == name or fnmatch.fnmatchcase(built, pattern):
         return True
-    if engine == "sglang":
-        return False
-    return pattern in _fuse(name) and pattern != name
+    return engine == "vllm" and pattern in built
 
 
 def _fuse(name: str) -> str:
-    """Spell a projection as vLLM's fused module, which is what its ignore list is held against."""
+    """Spell a projection as the fused module that engines build from it and its siblings."""
     parent, _, own = name.rpartition(".")
     fused = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"}
     fused |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}

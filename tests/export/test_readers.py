@@ -130,3 +130,15 @@ def test_the_decompressor_returns_our_weights_and_inputs(
             scale = module.input_scale.detach()
             expected = round_blocks(x, scale, objective="absmax").float() * scale
             torch.testing.assert_close(found[f"input {name}"], expected, rtol=1e-6, atol=0)
+
+
+def test_a_trained_model_keeps_its_predictions_in_stock_transformers(
+    reference_model: Path, tmp_path: Path
+) -> None:
+    config = ScaleSweepConfig(scheme="W", objective="mse", dataset=None)
+    model = load(reference_model, quantization_config=config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "quantized")
+    found, inexact = read_export(tmp_path / "quantized", tmp_path)
+    assert len(inexact) <= 5
+    ours, theirs = (torch.log_softmax(x.float(), -1) for x in (logits(model), found["logits"]))
+    assert (ours.exp() * (ours - theirs)).sum(-1).mean() < 1e-3  # quantizing costs .02

@@ -136,6 +136,14 @@ def test_a_fused_projection_that_is_not_quantized_is_named(
         ("compressed-tensors", "vllm", "quant_method", "modelopt", "expected weight"),
         ("modelopt", "vllm", "quant_algo", "FP8", "quant_algo 'FP8' is none that vllm reads"),
         ("modelopt", "vllm", "ignore", ["lm_head", "mlp.gate"], "gate_proj is packed, but vllm"),
+        (
+            "modelopt",
+            "vllm",
+            "ignore",
+            ["lm_head", "gate_up_proj"],
+            "gate_proj is packed, but vllm",
+        ),
+        ("modelopt", "sglang", "ignore", ["lm_head", "*.qkv_proj"], f"{Q} is packed, but sglang"),
         ("modelopt", "vllm", "ignore", ["lm_head", "*.mlp*"], "gate_proj is packed, but vllm"),
         ("modelopt", "sglang", "ignore", ["other"], "lm_head is not packed, but no entry"),
     ],
@@ -160,6 +168,15 @@ def test_part_of_a_name_excludes_in_vllm_and_not_in_sglang(
     broken = export("modelopt")
     broken.recipe["ignore"] = ["lm_head", "mlp.gate"]
     assert broken.problems("sglang") == []
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_wildcards_are_held_against_fused_names(
+    export: Callable[[str], Broken], engine: str
+) -> None:
+    broken = export("modelopt")
+    broken.recipe["ignore"] = ["lm_head", "*.q_proj"]  # which no engine builds
+    assert broken.problems(engine) == []
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
