@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +14,23 @@ from scalesweep_hf.modules.linear import SCALES, NVFP4Linear
 from scalesweep_hf.names import canonical_name
 
 DTYPES = {"weight": "U8", "weight_scale": "F8_E4M3", "weight_scale_2": "F32", "input_scale": "F32"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What the header of a safetensors file says of one tensor.
+
+    Attributes:
+        dtype: as safetensors spells it, "U8" or "F8_E4M3".
+        shape: of the tensor.
+        start: first byte of its data in the file.
+        end: the byte behind its data.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 def check_files(files: Iterable[str], quantized: Iterable[str], model: nn.Module) -> None:
@@ -59,7 +77,15 @@ def check_files(files: Iterable[str], quantized: Iterable[str], model: nn.Module
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """Read tensor names and dtypes of one safetensors file, without its data.
+    """Read tensor names and dtypes of one safetensors file, as `read_entries`."""
+    return {name: entry.dtype for name, entry in read_entries(path).items()}
+
+
+def read_entries(path: Path) -> dict[str, Entry]:
+    """Read the header of one safetensors file, without its data.
+
+    Returns:
+        What it says, by tensor name, in the order of the data.
 
     Raises:
         ValueError: the file is shorter than its header says; names the first tensor that is cut
@@ -76,14 +102,16 @@ def read_header(path: Path) -> dict[str, str]:
         except ValueError as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
+    entries = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        end = 8 + length + entry["data_offsets"][1]
+        first, end = (8 + length + offset for offset in entry["data_offsets"])
         if end > size:
             raise ValueError(
                 f"{path} is truncated: tensor {name} ends at byte {end}, the file at {size}; "
                 "download or save it again"
             )
-    return {name: entry["dtype"] for name, entry in header.items()}
+        entries[name] = Entry(entry["dtype"], tuple(entry["shape"]), first, end)
+    return entries
 
 
 def accept_loaded(name: str, module: nn.Module, scales: Sequence[str] = SCALES) -> None:

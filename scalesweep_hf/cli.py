@@ -1,10 +1,8 @@
-"""The command line: ``scalesweep quantize | eval | report | inspect | card``."""
+"""The command line: ``scalesweep quantize | eval | report | export | inspect | card``."""
 
 import json
 import resource
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from scalesweep_hf.files import write_text
+from scalesweep_hf.files import check_free, whole_folder, write_text
 from scalesweep_hf.version import __version__
 
 app = typer.Typer(
@@ -242,12 +240,68 @@ def report(
         typer.echo(f"{output}: {len(gaps)} rows, {output.stat().st_size / 1e3:.0f} kB")
 
 
-@app.command(epilog="Example: scalesweep inspect MODEL")
-def inspect(
-    path: Annotated[str, typer.Argument(help="Folder.", show_default=False)], as_json: Json = False
+@app.command(
+    epilog="Examples: scalesweep export MODEL OUT --format compressed-tensors; "
+    "scalesweep export MODEL OUT --format modelopt --without-states"
+)
+def export(
+    source: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a quantized model.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    target: Annotated[
+        str,
+        typer.Option("--format", help="compressed-tensors or modelopt.", show_default=False),
+    ],
+    without_states: Annotated[
+        bool, typer.Option(help="Leave out the scales of keys, values and queries.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Say what is in a quantized checkpoint, without loading it."""
-    show(path, describe_checkpoint(Path(path)), as_json)
+    """Write a quantized model for vLLM, SGLang, TensorRT-LLM or plain Transformers."""
+    from scalesweep_hf.export import export_checkpoint
+
+    start = time.perf_counter()
+    result = export_checkpoint(source, out.resolve(), target, states=not without_states)
+    result |= {
+        "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_mb": round(peak_memory() / MB),
+    }
+    inexact = len(result["inexact"])
+    show(str(out), result if as_json else result | {"inexact": inexact}, as_json)
+
+
+@app.command(epilog="Examples: scalesweep inspect MODEL; scalesweep inspect MODEL --for vllm")
+def inspect(
+    path: Annotated[str, typer.Argument(help="Folder.", show_default=False)],
+    engine: Annotated[
+        str | None,
+        typer.Option("--for", help="vllm or sglang: also say why it would not be served right."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Explain an NVFP4 checkpoint of this package, ModelOpt or compressed-tensors.
+
+    Nothing is loaded. With --for, the exit code is 1 if there are problems.
+    """
+    from scalesweep_hf.export.layout import read_checkpoint
+    from scalesweep_hf.export.serving import check_serving
+    from scalesweep_hf.inspection import by_kind, explain
+
+    problems = None if engine is None else check_serving(read_checkpoint(Path(path)), engine)
+    result = explain(Path(path))
+    if as_json:
+        show(path, result if problems is None else result | {"problems": problems}, as_json)
+    else:
+        rows = by_kind(result.pop("layers"))
+        show(path, result, as_json)
+        show_rows(rows)
+        for line in problems or ():
+            typer.echo(f"- {line}")
+        if problems is not None:
+            typer.echo(f"{len(problems)} problems for {engine}")
+    if problems:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: scalesweep eval FOLDER --tasks piqa --output FOLDER/results.json")
@@ -316,23 +370,11 @@ def make_recipe(file: Path | None, given: dict[str, Any]) -> Any:
     return ScaleSweepConfig(**fields)
 
 
-def check_free(out: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        FileExistsError: the folder exists and is not empty.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd()):
-        raise FileExistsError(f"{out} exists: name a new folder, or remove it")
-
-
 def save_whole(model: Any, source: str, out: Path) -> None:
     """Save a model and its tokenizer under a temporary name, and rename the folder when whole."""
     from transformers import AutoTokenizer
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}."))
-    try:
+    with whole_folder(out) as part:
         model.save_pretrained(part)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source)
@@ -340,18 +382,6 @@ def save_whole(model: Any, source: str, out: Path) -> None:
             console.print(f"No tokenizer at {source} ({type(error).__name__}): none is saved.")
         else:
             tokenizer.save_pretrained(part)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    try:
-        if out.exists():
-            out.rmdir()
-        part.chmod(0o755)  # temporary folders are private
-        part.rename(out)
-    except OSError as error:
-        raise OSError(
-            f"the model is saved in {part}, which cannot become {out}: {error}"
-        ) from error
 
 
 def measure(plan: Any, recipe: Any, reference: str | None) -> dict[str, Any]:
@@ -401,6 +431,14 @@ def show(title: str, values: dict[str, Any], as_json: bool) -> None:
     table = Table(title=title, show_header=False)
     for key, value in values.items():
         table.add_row(key, f"{value:.5g}" if isinstance(value, float) else str(value))
+    Console().print(table)
+
+
+def show_rows(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a table of rows that have the same keys."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
     Console().print(table)
 
 

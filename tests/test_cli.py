@@ -44,7 +44,9 @@ def test_quantize_saves_what_from_pretrained_makes(
         assert torch.equal(saved, expected(input_ids=ids).logits)
     assert not list(tmp_path.glob("*.part"))
     code, again, _ = run(capsys, "inspect", tmp_path / "out", "--json")
-    assert json.loads(again).items() <= summary.items()
+    explained = json.loads(again)
+    assert len(explained.pop("layers")) == 14
+    assert explained.items() <= summary.items()
 
 
 def test_options_beat_the_config_file(
@@ -85,7 +87,13 @@ def test_every_field_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["quantize", "{out}", "{out}2", "--scheme", "W"], 1, "Error: "),
         (["quantize", "{model}"], 2, "Missing argument"),
         (["quantize", "{model}", "{out}", "--num-samples", "many"], 2, "Error"),
-        (["inspect", "{model}"], 1, "is not quantized by 'scalesweep': its quant_method is None"),
+        (["inspect", "{model}"], 1, "has no packed NVFP4 Linear; its quant_method is None"),
+        (["inspect", "{model}", "--for", "x"], 1, "engine is 'x'; use one of vllm, sglang"),
+        (["export", "{model}", "{out}", "--format", "modelopt"], 1, "its quant_method is None"),
+        (["export", "{model}", "{here}", "--format", "modelopt"], 1, "exists: name a new folder"),
+        (["export", "{model}", "{out}", "--format", "gguf"], 1, "use one of compressed-tensors"),
+        (["export", "{out}", "{out}2", "--format", "modelopt"], 1, "is no folder, nor an id"),
+        (["export", "{model}", "{out}"], 2, "Missing option '--format'"),
         (["inspect", "{out}"], 1, "has no config.json: name the folder of a checkpoint"),
         (["eval"], 1, "name a model, or a plan with --table"),
         (["eval", "{model}"], 1, "nothing to measure: give --tasks, --heldout or --table"),
@@ -158,6 +166,25 @@ def test_neighbours_are_left_alone(
     assert (tmp_path / "out.part" / "precious").read_text() == "x"
     assert (tmp_path / "real" / "config.json").is_file()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out", "out.part", "real"]
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "modelopt"])
+def test_exports_pass_the_inspection_that_the_original_fails(
+    random_model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
+    run(capsys, "quantize", random_model("llama"), tmp_path / "q", *PLAIN)
+    code, out, _ = run(
+        capsys, "export", tmp_path / "q", tmp_path / "x", "--format", target, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["linears"] == 14
+    code, out, _ = run(capsys, "inspect", tmp_path / "x", "--for", "vllm")
+    assert code == 0
+    assert out.endswith("0 problems for vllm\n")
+    assert "down_proj" in out
+    code, out, _ = run(capsys, "inspect", tmp_path / "q", "--for", "vllm", "--json")
+    assert code == 1
+    assert "unknown to vllm" in json.loads(out)["problems"][0]
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

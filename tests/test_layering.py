@@ -33,6 +33,7 @@ MAY_IMPORT = {
             "version",
         ),
     },
+    "export": {"ops", "checkpoint", "config", "files", "names", "targets", "version"},
     "config": {"ops", "kernels", "names", "files", "version"},
     "names": set[str](),
     "files": set[str](),

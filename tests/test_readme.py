@@ -46,7 +46,7 @@ def test_the_commands_run_in_order(
     Path("notes.jsonl").write_text("\n".join(lines), encoding="utf-8")
     commands = re.findall(r"^scalesweep (.*?)(?:\s+#.*)?$", README, flags=re.MULTILINE)
     assert [command.split()[0] for command in commands] == [
-        *("quantize", "eval", "eval", "eval", "report", "inspect")
+        *("quantize", "eval", "eval", "eval", "report", "inspect", "export", "inspect")
     ]
     quick = {
         "quantize": ["--num-samples", "2", "--sequence-length", "32"],
