@@ -69,7 +69,7 @@ def is_generated(file: Path) -> bool:
     if GENERATED not in text:
         return MARK in text
     card = ModelCard(text, ignore_metadata_errors=True)
-    template = ModelCard.from_template(card.data, model_description=GENERATED)  # type: ignore[arg-type]
+    template = ModelCard.from_template(card.data, model_description=GENERATED)
     return bool(card.text.strip() == template.text.strip())
 
 
@@ -153,7 +153,7 @@ def _write(folder: Path, figures: Mapping[str, Any] | None, name: str) -> None:
     old: dict[str, Any] = {}
     if file.is_file():
         card = ModelCard(file.read_text("utf-8"), ignore_metadata_errors=True)
-        old = card.data.to_dict()  # type: ignore[no-untyped-call]
+        old = card.data.to_dict()
     tags = list(dict.fromkeys([*TAGS, *(old.pop("tags", None) or ())]))
     for field in ("base_model", "base_model_relation"):  # perhaps of other weights
         old.pop(field, None)

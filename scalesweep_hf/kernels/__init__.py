@@ -30,7 +30,6 @@ def resolve(name: str) -> Backend:
     return TRITON
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_triton() -> bool:
     """Whether there is a CUDA device, and Triton to compile for it."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None

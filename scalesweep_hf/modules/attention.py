@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 from scalesweep_hf.kernels import resolve
 from scalesweep_hf.modules.cache import PackedLayer
 from scalesweep_hf.modules.linear import NVFP4Linear, column_squares, keep_bits
+from scalesweep_hf.ops.blocks import Backend
 from scalesweep_hf.ops.kv import StateCodec
 from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.ops.sweep import Window
@@ -63,6 +64,7 @@ class AttentionStates:
 
     recipe: StateRecipe
     handle: Any
+    backend: Backend
     observer: StateObserver | None = None
 
 
@@ -112,7 +114,7 @@ def attach(module: nn.Module, recipe: StateRecipe) -> None:
     """Hook an attention module; it computes as before until its scales are set (`set_states`)."""
     quantize_queries_at_lookup()
     handle = module.register_forward_pre_hook(_wrap_cache, with_kwargs=True)
-    module.nvfp4_states = AttentionStates(recipe, handle)  # type: ignore[assignment]
+    module.nvfp4_states = AttentionStates(recipe, handle, resolve(recipe.backend))  # type: ignore[assignment]
     for name in PARAMETERS:
         module.register_parameter(name, None)
     module.register_buffer("v_importance", None, persistent=False)
@@ -181,10 +183,8 @@ def codec(module: nn.Module, kind: str) -> StateCodec | None:
     if scale is None:
         return None
     importance = getattr(module, f"{letter}_importance") if states.recipe.weighs(kind) else None
-    backend = resolve(states.recipe.backend)
-    return StateCodec(
-        scale, getattr(states.recipe, kind), importance, states.recipe.window, backend
-    )
+    recipe = states.recipe
+    return StateCodec(scale, getattr(recipe, kind), importance, recipe.window, states.backend)
 
 
 def quantize_queries_at_lookup() -> None:

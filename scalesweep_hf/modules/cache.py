@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from scalesweep_hf.kernels import resolve
+from scalesweep_hf.ops.blocks import Backend
 from scalesweep_hf.ops.kv import StateCodec, packed_size
 
 
@@ -28,6 +29,7 @@ class PackedLayer:
     key_codec: StateCodec | None = None
     value_codec: StateCodec | None = None
     calibrated = False
+    backend: Backend
 
     def use(self, key_codec: StateCodec, value_codec: StateCodec) -> None:
         """Take the calibrated codecs of the attention module that this layer serves."""
@@ -62,9 +64,8 @@ class PackedLayer:
                 not finite.
         """
         if self.key_codec is None or self.value_codec is None:
-            backend = resolve("auto")
-            self.key_codec = StateCodec.for_states(key_states, backend=backend)
-            self.value_codec = StateCodec.for_states(value_states, backend=backend)
+            self.key_codec = StateCodec.for_states(key_states, backend=self.backend)
+            self.value_codec = StateCodec.for_states(value_states, backend=self.backend)
         packed_size(key_states.shape[-1])
         packed_size(value_states.shape[-1])
         keys, values = super().update(  # type: ignore[misc]
@@ -132,7 +133,7 @@ def pack_cache(cache: Cache, only: Collection[int] | None = None) -> Cache:
         if layer.is_initialized:
             raise ValueError("the cache already holds states: pack it before its first use")
         packed: Any = object.__new__(PACKED[type(layer)])
-        packed.__dict__.update(layer.__dict__)
+        packed.__dict__.update(layer.__dict__, backend=resolve("auto"))
         cache.layers[index] = packed
     return cache
 

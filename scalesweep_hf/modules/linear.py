@@ -78,6 +78,7 @@ class NVFP4Linear(nn.Linear):
             )
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.recipe = recipe
+        self.backend = resolve(recipe.backend)
         for name in SCALES:
             self.register_parameter(name, None)
         self.register_buffer("input_importance", None, persistent=False)
@@ -147,9 +148,8 @@ class NVFP4Linear(nn.Linear):
         """Compute x W^T + b, [..., K] to [..., N], quantizing x first where the recipe says so."""
         if not self.is_packed:
             return super().forward(x)
-        backend = resolve(self.recipe.backend)
         if self.recipe.activations is None:
-            return linear(x, self.quantized_weight(), self.bias, backend=backend)
+            return linear(x, self.quantized_weight(), self.bias, backend=self.backend)
         assert self.input_scale is not None
         return quantized_linear(
             x,
@@ -159,7 +159,7 @@ class NVFP4Linear(nn.Linear):
             objective=self.recipe.activations,
             importance=self.input_importance,
             window=self.recipe.window,
-            backend=backend,
+            backend=self.backend,
         )
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
@@ -279,7 +279,7 @@ def _quantize_weight(
         importance=input_square if objective.weighted else coupled,
         window=module.recipe.window,
         tensor_scale=tensor_scale,
-        backend=resolve(module.recipe.backend),
+        backend=module.backend,
     )
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from scalesweep_hf import NVFP4Linear, ScaleSweepConfig
 from scalesweep_hf.export import export_checkpoint
-from scalesweep_hf.ops.nvfp4 import dequantize, round_blocks
+from scalesweep_hf.ops.blocks import round_blocks
+from scalesweep_hf.ops.nvfp4 import dequantize
 from tests.export.readers import DECOMPRESSOR, TRANSFORMERS, need, read
 from tests.models import load, random_tokens
 
