@@ -79,7 +79,7 @@ def timed(
     times = []
     for i in range(repeats):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(100_000)  # launches queue up behind it, so that they do not count
+        torch.cuda._sleep(1_000_000)  # launches queue up behind it, so that they do not count
         start.record()
         function(inputs[i % len(inputs)])
         stop.record()

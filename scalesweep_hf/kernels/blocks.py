@@ -1,7 +1,7 @@
 """Triton twins of `scalesweep_hf.ops.blocks`, for CUDA tensors; others go to the definition.
 
-A program takes ROWS blocks of 16. For the sweep, a thread holds all 16 elements of a block, so that
-sums go left to right; candidates come one by one, and nothing but x and the result touches memory.
+A program takes ROWS blocks of 16, each in the registers of one thread, as 16 columns [ROWS]: sums
+go left to right, candidates come one by one, and only x and the result touch memory.
 """
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor
 from scalesweep_hf.kernels.numbers import (
     INTERPRETED,
     decode,
-    encode,
     encode_nearest,
+    invert,
     magnitude_over,
-    round_quotient,
+    round_to_index,
+    rounding_error,
     to_unit,
+    value_of,
 )
 from scalesweep_hf.ops import blocks as definition
 from scalesweep_hf.ops.blocks import Backend
@@ -39,8 +41,8 @@ from scalesweep_hf.ops.sweep import (
 ROWS = 128
 WARPS = 4
 MODES = {"absmax": 0, "four_over_six": 1, "mse": 2, "wmse": 2}
-ABSMAX = tl.constexpr(0)
 FOUR_OVER_SIX = tl.constexpr(1)
+SWEEP = tl.constexpr(2)
 EXACT = tl.constexpr(1)
 FIXED = tl.constexpr(2)
 
@@ -54,6 +56,7 @@ UP = _nibbles(UP_NORMAL)
 UP_LOW = _nibbles(UP_SUBNORMAL)
 DOWN = _nibbles(DOWN_NORMAL)
 DOWN_LOW = _nibbles(DOWN_SUBNORMAL)
+DOWN_MOST = tl.constexpr(DOWN_MAX)
 WEIGHTED_DOWN = tl.constexpr(DOWN_WEIGHTED)
 HIGHEST = tl.constexpr(UP_MAX)
 ODD = tl.constexpr(LAST_ODD)
@@ -121,32 +124,41 @@ def _largest(columns):
 
 
 @triton.jit
-def _rescaling(largest):
-    """Return the two powers of two by which `ops.sweep.normalize_importance` multiplies a block."""
+def _magnitudes(x, tensor_scale):
+    """Return min(|x| / S, FAR) of 16 [ROWS]."""
+    unit = to_unit(tensor_scale)
+    scale = tensor_scale * unit
+    inverse = tl.div_rn(1.0, scale)
+    result = ()
+    for i in tl.static_range(16):
+        result = result + (magnitude_over(x[i], unit, scale, inverse),)
+    return result
+
+
+@triton.jit
+def _normalized(w):
+    """Twin of `ops.sweep.normalize_importance` for 16 [ROWS] float32, finite and >= 0."""
+    largest = _largest(w)
     # frexp: subnormals are first brought to normal numbers.
     small = largest < 1.1754943508222875e-38
     bits = tl.where(small, largest * 16777216.0, largest).to(tl.int32, bitcast=True)
     exponent = (bits >> 23) - 126 - tl.where(small, 24, 0)
     half = (0 - exponent) >> 1  # floor
-    return _power(half), _power(0 - exponent - half)
+    first, second = _power(half), _power(0 - exponent - half)
+    result = ()
+    for i in tl.static_range(16):
+        result = result + (tl.where(largest > 0.0, (w[i] * first) * second, 1.0),)
+    return result
 
 
 @triton.jit
-def _weight(w, first, second, largest):
-    """Rescale importance; a block of zeros becomes one of ones."""
-    return tl.where(largest > 0.0, (w * first) * second, 1.0)
-
-
-@triton.jit
-def _loss(a, w, code, WEIGHTED: tl.constexpr):
+def _loss(a, w, code, WEIGHTED: tl.constexpr, CLIPS: tl.constexpr):
     """Twin of `ops.sweep._loss`: a and w are tuples of 16 [ROWS], code is [ROWS] int32."""
     scale = decode(code)
-    inverse = 1.0 / scale
-    minus = 0.0 - scale
+    inverse = invert(scale)
     total = scale
     for i in tl.static_range(16):
-        # The product is exact, so that fusing it changes nothing.
-        error = tl.fma(round_quotient(a[i], scale, inverse), minus, a[i])
+        error = rounding_error(a[i], scale, inverse, CLIPS)
         term = error * error
         if WEIGHTED:
             term = w[i] * term
@@ -158,32 +170,40 @@ def _loss(a, w, code, WEIGHTED: tl.constexpr):
 def _clipping_cost(a, w, code, WEIGHTED: tl.constexpr):
     """Return what clipping alone costs at a scale, as `ops.sweep._sweep_exact` computes it."""
     limit = 6.0 * decode(code)
-    total = limit * 0.0
+    total = limit
     for i in tl.static_range(16):
         clipped = tl.maximum(a[i] - limit, 0.0)
         term = clipped * clipped
         if WEIGHTED:
             term = w[i] * term
-        total = total + term
+        total = term if i == 0 else total + term
     return total
 
 
 @triton.jit
-def _sweep(a, w, low, high, last, steps, WEIGHTED: tl.constexpr):
-    """Twin of `ops.sweep.sweep_window`."""
+def _try(a, w, code, best, best_loss, WEIGHTED: tl.constexpr, CLIPS: tl.constexpr):
+    loss = _loss(a, w, code, WEIGHTED, CLIPS)
+    better = loss < best_loss
+    return tl.where(better, code, best), tl.where(better, loss, best_loss)
+
+
+@triton.jit
+def _sweep(a, w, low, high, last, steps, clipping, WEIGHTED: tl.constexpr):
+    """Twin of `ops.sweep.sweep_window`, whose first steps, as many as clipping, may clip."""
     low = tl.minimum(tl.maximum(low, 1), 126)
     high = tl.minimum(tl.maximum(high, 1), 126)
     largest = tl.maximum(high, last)
     odd = (high - 1) | 1
     best = low
-    best_loss = _loss(a, w, low, WEIGHTED)
-    for step in range(1, steps + 1):
+    best_loss = _loss(a, w, low, WEIGHTED, True)
+    for step in range(1, clipping):
         code = low + step
         code = tl.minimum(tl.where(code > high, odd + 2 * (code - high), code), largest)
-        loss = _loss(a, w, code, WEIGHTED)
-        better = loss < best_loss
-        best_loss = tl.where(better, loss, best_loss)
-        best = tl.where(better, code, best)
+        best, best_loss = _try(a, w, code, best, best_loss, WEIGHTED, True)
+    for step in range(clipping, steps + 1):
+        code = low + step
+        code = tl.minimum(tl.where(code > high, odd + 2 * (code - high), code), largest)
+        best, best_loss = _try(a, w, code, best, best_loss, WEIGHTED, False)
     return best
 
 
@@ -195,7 +215,7 @@ def _sweep_exact(a, w, base, WEIGHTED: tl.constexpr):
     best_loss = tl.full(code.shape, float("inf"), tl.float32)
     alive = code > 0
     while tl.max(alive.to(tl.int32), axis=0) > 0:
-        loss = _loss(a, w, code, WEIGHTED)
+        loss = _loss(a, w, code, WEIGHTED, True)
         better = alive & (loss <= best_loss)
         best_loss = tl.where(better, loss, best_loss)
         best = tl.where(better, code, best)
@@ -205,97 +225,80 @@ def _sweep_exact(a, w, base, WEIGHTED: tl.constexpr):
 
 
 @triton.jit
-def _choose(
-    a, w, largest, low, high, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTED: tl.constexpr
-):
+def _bounded(a, w, base, largest, WEIGHTED: tl.constexpr):
+    """Twin of `ops.sweep.sweep_scales` for its bounded window; also return the first candidate."""
+    field = (base & 7) * 4
+    up = (tl.where(base < 8, UP_LOW, UP) >> field) & 15
+    down = (tl.where(base < 8, DOWN_LOW, DOWN) >> field) & 15
+    if WEIGHTED:
+        down = tl.full(down.shape, WEIGHTED_DOWN, tl.int32)
+    # Where the window ends below ODD, odd codes follow; the definition has steps for them.
+    steps = tl.where(base + up < ODD, STEPS_WEIGHTED if WEIGHTED else STEPS, up + down)
+    steps = tl.max(steps, axis=0)
+    # From base on, which is nearest to max / 6, no quotient passes 6.4, unless base is the last.
+    most = WEIGHTED_DOWN if WEIGHTED else DOWN_MOST
+    clipping = tl.where(tl.max(largest, axis=0) > 2688.0, steps + 1, most)
+    low = base - down
+    return _sweep(a, w, low, base + up, ODD, steps, clipping, WEIGHTED), tl.maximum(low, 1)
+
+
+@triton.jit
+def _choose(a, w, low, high, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTED: tl.constexpr):
     """Return the code of every block's scale, [ROWS] int32, from its columns a and w."""
+    largest = _largest(a)
     broken = largest != largest  # a NaN somewhere: nothing beats the first candidate
     base = tl.where(broken, 126, encode_nearest(tl.div_rn(largest, 6.0)))
     first = base
     best = base
     if MODE == FOUR_OVER_SIX:
         four = encode_nearest(tl.div_rn(largest, 4.0))
-        better = _loss(a, w, four, False) < _loss(a, w, base, False)
+        better = _loss(a, w, four, False, True) < _loss(a, w, base, False, True)
         best = tl.where(better, four, base)
-    elif WINDOW == EXACT:
-        best = _sweep_exact(a, w, base, WEIGHTED)
-    elif WINDOW == FIXED:
-        first = tl.maximum(base + low, 1)
-        best = _sweep(a, w, base + low, base + high, 0, high - low, WEIGHTED)
-    else:
-        field = (base & 7) * 4
-        up = (tl.where(base < 8, UP_LOW, UP) >> field) & 15
-        down = (tl.where(base < 8, DOWN_LOW, DOWN) >> field) & 15
-        if WEIGHTED:
-            down = tl.full(down.shape, WEIGHTED_DOWN, tl.int32)
-        # Where the window ends below ODD, odd codes follow; the definition has steps for them.
-        steps = tl.where(base + up < ODD, STEPS_WEIGHTED if WEIGHTED else STEPS, up + down)
-        first = tl.maximum(base - down, 1)
-        best = _sweep(a, w, base - down, base + up, ODD, tl.max(steps, axis=0), WEIGHTED)
+    elif MODE == SWEEP:
+        if WINDOW == EXACT:
+            best = _sweep_exact(a, w, base, WEIGHTED)
+        elif WINDOW == FIXED:
+            first = tl.maximum(base + low, 1)
+            steps = high - low
+            best = _sweep(a, w, base + low, base + high, 0, steps, steps + 1, WEIGHTED)
+        else:
+            best, first = _bounded(a, w, base, largest, WEIGHTED)
     return tl.where(broken, first, best)
 
 
 @triton.jit
-def _swept(
-    x_ptr,
-    weight_ptr,
-    block,
-    mask,
-    period,
-    tensor_scale,
-    low,
-    high,
-    MODE: tl.constexpr,
-    WINDOW: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-):
-    """Return the code of the scale of blocks [ROWS], int32; a thread holds a block."""
-    unit = to_unit(tensor_scale)
-    scale = tensor_scale * unit
-    inverse = tl.div_rn(1.0, scale)
-    x = _columns(x_ptr, block, mask)
-    a = (
-        magnitude_over(x[0], unit, scale, inverse),
-        magnitude_over(x[1], unit, scale, inverse),
-        magnitude_over(x[2], unit, scale, inverse),
-        magnitude_over(x[3], unit, scale, inverse),
-        magnitude_over(x[4], unit, scale, inverse),
-        magnitude_over(x[5], unit, scale, inverse),
-        magnitude_over(x[6], unit, scale, inverse),
-        magnitude_over(x[7], unit, scale, inverse),
-        magnitude_over(x[8], unit, scale, inverse),
-        magnitude_over(x[9], unit, scale, inverse),
-        magnitude_over(x[10], unit, scale, inverse),
-        magnitude_over(x[11], unit, scale, inverse),
-        magnitude_over(x[12], unit, scale, inverse),
-        magnitude_over(x[13], unit, scale, inverse),
-        magnitude_over(x[14], unit, scale, inverse),
-        magnitude_over(x[15], unit, scale, inverse),
-    )
-    w = a
-    if WEIGHTED:
-        w = _columns(weight_ptr, block % period, mask)
-        top = _largest(w)
-        first, second = _rescaling(top)
-        w = (
-            _weight(w[0], first, second, top),
-            _weight(w[1], first, second, top),
-            _weight(w[2], first, second, top),
-            _weight(w[3], first, second, top),
-            _weight(w[4], first, second, top),
-            _weight(w[5], first, second, top),
-            _weight(w[6], first, second, top),
-            _weight(w[7], first, second, top),
-            _weight(w[8], first, second, top),
-            _weight(w[9], first, second, top),
-            _weight(w[10], first, second, top),
-            _weight(w[11], first, second, top),
-            _weight(w[12], first, second, top),
-            _weight(w[13], first, second, top),
-            _weight(w[14], first, second, top),
-            _weight(w[15], first, second, top),
-        )
-    return _choose(a, w, _largest(a), low, high, MODE, WINDOW, WEIGHTED)
+def _store_codes(ptr, x, a, scale, block, mask):
+    """Store blocks of 16 codes as eight bytes each, one zero among the codes."""
+    inverse = invert(scale)
+    words = ()
+    for half in tl.static_range(2):
+        word = tl.zeros(scale.shape, tl.uint32)
+        for i in tl.static_range(8):
+            index = round_to_index(a[8 * half + i], scale, inverse).to(tl.uint32)
+            sign = x[8 * half + i].to(tl.uint32, bitcast=True) & 0x80000000
+            word = word | (index << (4 * i)) | (sign >> (28 - 4 * i))
+        # A sign stays where its index, the lower three bits, is not zero.
+        index = word & 0x77777777
+        words = words + (index | (word & (index + 0x77777777) & 0x88888888),)
+    both = (words[1].to(tl.uint64) << 32) | words[0].to(tl.uint64)
+    tl.store(ptr.to(tl.pointer_type(tl.uint64)) + block, both, mask=mask)
+
+
+@triton.jit
+def _store_values(ptr, x, a, scale, block, mask):
+    """Store blocks of 16 values in bfloat16, four at a time."""
+    inverse = invert(scale)
+    ptr = ptr.to(tl.pointer_type(tl.int64)) + block * 4
+    for four in tl.static_range(4):
+        word = tl.zeros(scale.shape, tl.int64)
+        for i in tl.static_range(4):
+            raw = x[4 * four + i]
+            value = value_of(round_to_index(a[4 * four + i], scale, inverse)) * scale
+            value = tl.where(raw < 0.0, 0.0 - value, value) + 0.0  # no negative zero
+            value = tl.where(raw == raw, value, raw)
+            bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+            word = word | (bits << (16 * i))
+        tl.store(ptr + four, word, mask=mask)
 
 
 @triton.jit
@@ -317,33 +320,17 @@ def _kernel(
 ):
     block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = block < blocks
-    inside = mask[:, None]
-    tensor_scale = tl.load(tensor_scale_ptr)
-    where = block[:, None] * 16 + tl.arange(0, 16)[None, :]  # [ROWS, 16]
-    x = tl.load(x_ptr + where, mask=inside, other=0.0).to(tl.float32)
-    unit = to_unit(tensor_scale)
-    unit_scale = tensor_scale * unit
-    a = magnitude_over(x, unit, unit_scale, tl.div_rn(1.0, unit_scale))
-    if MODE == ABSMAX:
-        broken = tl.max((x != x).to(tl.int32), axis=1) > 0
-        code = encode_nearest(tl.div_rn(tl.max(a, axis=1), 6.0))
-        code = tl.where(broken, 126, code)
-    else:
-        code = _swept(
-            x_ptr, weight_ptr, block, mask, period, tensor_scale, low, high, MODE, WINDOW, WEIGHTED
-        )
-    scale = decode(code)[:, None]
-    value = round_quotient(a, scale, 1.0 / scale)
+    x = _columns(x_ptr, block, mask)
+    a = _magnitudes(x, tl.load(tensor_scale_ptr))
+    w = a
+    if WEIGHTED:
+        w = _normalized(_columns(weight_ptr, block % period, mask))
+    code = _choose(a, w, low, high, MODE, WINDOW, WEIGHTED)
     if ENCODE:
-        even, odd = tl.split(tl.reshape(encode(value, x), (ROWS, 8, 2)))
-        there = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-        tl.store(result_ptr + there, (even | (odd << 4)).to(tl.uint8), mask=inside)
+        _store_codes(result_ptr, x, a, decode(code), block, mask)
         tl.store(scale_ptr + block, code.to(tl.uint8), mask=mask)
     else:
-        value = value * scale
-        value = tl.where(x < 0.0, 0.0 - value, value) + 0.0  # no negative zero
-        value = tl.where(x == x, value, x)
-        tl.store(result_ptr + where, value.to(tl.bfloat16), mask=inside)
+        _store_values(result_ptr, x, a, decode(code), block, mask)
 
 
 @triton.jit
@@ -357,9 +344,7 @@ def _decode_kernel(packed_ptr, scale_ptr, result_ptr, blocks, ROWS: tl.constexpr
     scale = tl.where((code & 127) == 127, float("nan"), decode(code & 127))
     scale = (scale * tl.where(code > 127, -1.0, 1.0))[:, None]  # 0 - 0 would lose the sign
     codes = tl.reshape(tl.join(packed & 15, packed >> 4), (ROWS, 16))
-    index = codes & 7
-    value = tl.where(index < 2, index * 0.5, ((index + 252) << 22).to(tl.float32, bitcast=True))
-    value = value * tl.where(codes > 7, -1.0, 1.0) * scale
+    value = value_of(codes & 7) * tl.where(codes > 7, -1.0, 1.0) * scale
     where = block[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(result_ptr + where, value.to(result_ptr.dtype.element_ty), mask=inside)
 
@@ -418,8 +403,7 @@ def _empty_decoded(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> T
     return packed.new_empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=dtype)
 
 
-@torch.library.custom_op("scalesweep_hf::encode_blocks", mutates_args=())
-def _encode(
+def _encode_now(
     x: Tensor,
     tensor_scale: Tensor,
     importance: Tensor | None,
@@ -433,8 +417,7 @@ def _encode(
     return packed, scale
 
 
-@torch.library.custom_op("scalesweep_hf::round_blocks", mutates_args=())
-def _round(
+def _round_now(
     x: Tensor,
     tensor_scale: Tensor,
     importance: Tensor | None,
@@ -450,8 +433,7 @@ def _round(
     return values
 
 
-@torch.library.custom_op("scalesweep_hf::decode_blocks", mutates_args=())
-def _decode(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _decode_now(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
     values = _empty_decoded(packed, block_scale, dtype)
     if blocks := block_scale.numel():
         scale = block_scale.contiguous().view(torch.uint8)
@@ -460,6 +442,10 @@ def _decode(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return values
 
 
+# Graphs see operators; a direct call spares what dispatching them takes.
+_encode = torch.library.custom_op("scalesweep_hf::encode_blocks", _encode_now, mutates_args=())
+_round = torch.library.custom_op("scalesweep_hf::round_blocks", _round_now, mutates_args=())
+_decode = torch.library.custom_op("scalesweep_hf::decode_blocks", _decode_now, mutates_args=())
 _encode.register_fake(_empty_parts)
 _round.register_fake(_empty_values)
 _decode.register_fake(_empty_decoded)
@@ -478,7 +464,8 @@ def encode_blocks(
         return definition.encode_blocks(
             x, tensor_scale, objective=objective, importance=importance, window=window
         )
-    packed, scale = _encode(x, tensor_scale, importance, objective, *_window(window))
+    run = _encode if torch.compiler.is_compiling() else _encode_now
+    packed, scale = run(x, tensor_scale, importance, objective, *_window(window))
     return packed, scale
 
 
@@ -495,7 +482,8 @@ def round_blocks(
         return definition.round_blocks(
             x, tensor_scale, objective=objective, importance=importance, window=window
         )
-    values: Tensor = _round(x, tensor_scale, importance, objective, *_window(window))
+    run = _round if torch.compiler.is_compiling() else _round_now
+    values: Tensor = run(x, tensor_scale, importance, objective, *_window(window))
     return values
 
 
@@ -503,7 +491,8 @@ def decode_blocks(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Te
     """Twin of `scalesweep_hf.ops.blocks.decode_blocks`."""
     if not _runs_on(packed) or dtype == torch.float64:
         return definition.decode_blocks(packed, block_scale, dtype)
-    values: Tensor = _decode(packed, block_scale, dtype)
+    run = _decode if torch.compiler.is_compiling() else _decode_now
+    values: Tensor = run(packed, block_scale, dtype)
     return values
 
 

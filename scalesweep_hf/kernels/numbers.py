@@ -64,34 +64,68 @@ def magnitude_over(x, unit, scale, inverse):
 
 
 @triton.jit
-def round_quotient(x, scale, inverse):
-    """Return round_e2m1(x / scale) for x >= 0 and an E4M3 scale; inverse is about 1 / scale.
+def invert(scale):
+    """Return 1 / scale for an E4M3 scale, correctly rounded."""
+    inverse = 1.0 / scale  # within two units; one exact remainder mends it
+    if FUSED:
+        return tl.fma(tl.fma(inverse, -scale, 1.0), inverse, inverse)
+    return inverse
+
+
+@triton.jit
+def rounding_error(x, scale, inverse, CLIPS: tl.constexpr):
+    """Return x - scale * round_e2m1(x / scale), but for its sign where x / scale is a midpoint.
+
+    x * inverse, fused with the addition that rounds it, is on the same side of every midpoint of
+    E2M1 as x / scale is, for all float32 x and E4M3 scales: tests/kernels enumerates the
+    neighbours of all midpoints. On a midpoint the errors on both sides are equal.
+
+    Args:
+        x: float32, >= 0.
+        scale: an E4M3 number.
+        inverse: from `invert`.
+        CLIPS: whether x / scale may be 7 or more.
+    """
+    y = x * (inverse * 4194304.0)  # times 2**22
+    # 2**22 * 2**e: adding and subtracting it rounds to multiples of 2**(e - 1).
+    bits = tl.maximum(y, 4194304.0).to(tl.int32, bitcast=True) & 0x7F800000
+    shift = bits.to(tl.float32, bitcast=True)
+    if FUSED:
+        rounded = tl.fma(x, inverse, shift) - shift
+    else:
+        rounded = (tl.div_rn(x, scale + x * 0.0) + shift) - shift
+    if CLIPS:
+        rounded = tl.minimum(rounded, 6.0)
+    return tl.fma(rounded, -scale, x)  # the product is exact: fusing changes nothing
+
+
+@triton.jit
+def round_to_index(x, scale, inverse):
+    """Return the index 0...7 of round_e2m1(x / scale), ties to even, int32; 0 where x is NaN.
 
     The quotient gets one correction by its exact remainder. It then lies on the same side of every
-    midpoint of E2M1 as the IEEE quotient, or on it, because x / scale is on a midpoint or at least
-    2**-24 of its size away: scale has four significant bits, x 24. NaN gives any value.
+    midpoint as the IEEE quotient, or on it, because x / scale is on a midpoint or at least 2**-24
+    of its size away: scale has four significant bits, x 24.
+
+    Args:
+        x: float32, >= 0.
+        scale: an E4M3 number.
+        inverse: from `invert`.
     """
     if FUSED:
         y = x * inverse
         y = tl.fma(tl.fma(y, -scale, x), inverse, y)
     else:
         y = tl.div_rn(x, scale + x * 0.0)
-    y = tl.minimum(y, 6.0)
-    # Adding and subtracting 1.5 * 2**22 * 2**e rounds to multiples of 2**(e - 1), ties to even.
-    power = (y.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    shift = tl.maximum(power, 1.0) * 6291456.0
-    return (y + shift) - shift
+    y = tl.minimum(tl.maximum(y, 0.0), 6.0)  # takes NaN to 0
+    power = tl.maximum(y, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
+    shift = power + 0x0B000000  # times 2**22
+    rounded = (y + shift.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return (rounded - shift) + ((power >> 22) - 254)  # multiples of the step, and steps before
 
 
 @triton.jit
-def encode(value, x):
-    """Return the code 0...15 of an E2M1 magnitude with the sign of x; one zero; int32.
-
-    Args:
-        value: from `round_quotient`; any where x is NaN, which gives 0.
-        x: what was rounded, float32.
-    """
-    large = (value.to(tl.int32, bitcast=True) >> 22) - 252
-    index = tl.where(value < 1.0, (value * 2.0).to(tl.int32), large)
-    code = tl.where((x < 0.0) & (index > 0), index + 8, index)
-    return tl.where(x == x, code, 0)
+def value_of(index):
+    """Return the E2M1 magnitude of an index 0...7, float32."""
+    large = ((index + 252) << 22).to(tl.float32, bitcast=True)
+    return tl.where(index < 2, index.to(tl.float32) * 0.5, large)
