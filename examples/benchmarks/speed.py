@@ -19,6 +19,7 @@ import torch
 
 import scalesweep_hf
 from scalesweep_hf.kernels import resolve
+from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.nvfp4 import compute_tensor_scale
 from scalesweep_hf.ops.objectives import OBJECTIVES, RUNTIME_OBJECTIVES
 
@@ -62,7 +63,7 @@ def measure(rows: int, columns: int, backend: str, repeats: int, objective: str)
         return result | {"copy": timed(lambda x: target.copy_(x), inputs, repeats)}
     scale = compute_tensor_scale(inputs.abs().amax(), objective)
     weight = torch.rand(columns, device="cuda") if OBJECTIVES[objective].weighted else None
-    chosen = resolve(backend)
+    chosen = BACKENDS[resolve(backend)]
     options: dict[str, Any] = {"objective": objective, "importance": weight}
     pack = timed(lambda x: chosen.encode_blocks(x, scale, **options), inputs, repeats)
     around = timed(lambda x: chosen.round_blocks(x, scale, **options), inputs, repeats)

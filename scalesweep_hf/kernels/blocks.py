@@ -21,7 +21,7 @@ from scalesweep_hf.kernels.numbers import (
     value_of,
 )
 from scalesweep_hf.ops import blocks as definition
-from scalesweep_hf.ops.blocks import Backend
+from scalesweep_hf.ops.blocks import BACKENDS, Backend
 from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.ops.sweep import (
     BLOCK,
@@ -37,9 +37,9 @@ from scalesweep_hf.ops.sweep import (
     check_window,
 )
 
-# Blocks per program and warps: one block per thread.
-ROWS = 128
-WARPS = 4
+# Blocks per program and warps: one block per thread. (Interpreted, every program costs the same.)
+ROWS = 1024 if INTERPRETED else 32
+WARPS = 1
 MODES = {"absmax": 0, "four_over_six": 1, "mse": 2, "wmse": 2}
 FOUR_OVER_SIX = tl.constexpr(1)
 SWEEP = tl.constexpr(2)
@@ -496,7 +496,7 @@ def decode_blocks(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Te
     return values
 
 
-TRITON = Backend(encode_blocks, round_blocks, decode_blocks)
+BACKENDS["triton"] = Backend(encode_blocks, round_blocks, decode_blocks)
 
 
 def _takes(x: Tensor, objective: str) -> bool:

@@ -17,7 +17,6 @@ from transformers import AttentionInterface
 from scalesweep_hf.kernels import resolve
 from scalesweep_hf.modules.cache import PackedLayer
 from scalesweep_hf.modules.linear import NVFP4Linear, column_squares, keep_bits
-from scalesweep_hf.ops.blocks import Backend
 from scalesweep_hf.ops.kv import StateCodec
 from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.ops.sweep import Window
@@ -64,7 +63,7 @@ class AttentionStates:
 
     recipe: StateRecipe
     handle: Any
-    backend: Backend
+    backend: str
     observer: StateObserver | None = None
 
 

@@ -19,7 +19,6 @@ from transformers.cache_utils import (
 )
 
 from scalesweep_hf.kernels import resolve
-from scalesweep_hf.ops.blocks import Backend
 from scalesweep_hf.ops.kv import StateCodec, packed_size
 
 
@@ -29,7 +28,7 @@ class PackedLayer:
     key_codec: StateCodec | None = None
     value_codec: StateCodec | None = None
     calibrated = False
-    backend: Backend
+    backend: str
 
     def use(self, key_codec: StateCodec, value_codec: StateCodec) -> None:
         """Take the calibrated codecs of the attention module that this layer serves."""

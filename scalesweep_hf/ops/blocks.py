@@ -2,7 +2,7 @@
 
 These functions check nothing and wait for no device, for states and activations at run time. They
 are the definition; `scalesweep_hf.kernels` has faster ones with the same bits, and whatever calls
-them takes a `Backend` that says which.
+them takes the name of a `Backend`.
 """
 
 from collections.abc import Callable, Iterator
@@ -119,7 +119,9 @@ class Backend:
     decode_blocks: Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
-TORCH = Backend(encode_blocks, round_blocks, decode_blocks)
+# By name; `scalesweep_hf.kernels` adds its own. (Passed by name, since graphs hold names better
+# than functions.)
+BACKENDS = {"torch": Backend(encode_blocks, round_blocks, decode_blocks)}
 
 
 def pack(codes: Tensor) -> Tensor:

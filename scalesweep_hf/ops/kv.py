@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scalesweep_hf.ops.blocks import TORCH, Backend
+from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, compute_tensor_scale
 from scalesweep_hf.ops.sweep import BLOCK, Window
 
@@ -29,18 +29,18 @@ class StateCodec:
         objective: as in `quantize`.
         importance: [H, D] float32, >= 0, for "wmse"; None otherwise.
         window: as in `quantize`.
-        backend: which implementation; all give the same bits.
+        backend: name of an implementation; all give the same bits.
     """
 
     tensor_scale: Tensor
     objective: str
     importance: Tensor | None = None
     window: Window = "bounded"
-    backend: Backend = TORCH
+    backend: str = "torch"
 
     @classmethod
     def for_states(
-        cls, x: Tensor, objective: str = "mse", *, backend: Backend = TORCH
+        cls, x: Tensor, objective: str = "mse", *, backend: str = "torch"
     ) -> "StateCodec":
         """Make a codec without calibration from the first states [B, H, T, D] that it will see.
 
@@ -64,7 +64,7 @@ class StateCodec:
         Returns:
             [B, H, T, D] in x's dtype.
         """
-        values = self.backend.round_blocks(
+        values = BACKENDS[self.backend].round_blocks(
             _rows(x),
             self.tensor_scale.to(x.device),
             objective=self.objective,
@@ -82,7 +82,7 @@ class StateCodec:
         Returns:
             [B, H, T, 9 D / 16] uint8.
         """
-        packed, scale = self.backend.encode_blocks(
+        packed, scale = BACKENDS[self.backend].encode_blocks(
             _rows(x),
             self.tensor_scale.to(x.device),
             objective=self.objective,

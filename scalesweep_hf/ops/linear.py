@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from scalesweep_hf.ops.blocks import TORCH, Backend
+from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.nvfp4 import NVFP4Tensor
 from scalesweep_hf.ops.sweep import Window
 
@@ -12,7 +12,7 @@ DECODED = 1 << 24
 
 
 def linear(
-    x: Tensor, weight: NVFP4Tensor, bias: Tensor | None = None, *, backend: Backend = TORCH
+    x: Tensor, weight: NVFP4Tensor, bias: Tensor | None = None, *, backend: str = "torch"
 ) -> Tensor:
     """Multiply unquantized x by a quantized weight: y = (x (codes * block_scale)^T) * S_w + bias.
 
@@ -23,7 +23,7 @@ def linear(
         x: [..., K] floating.
         weight: [N, K].
         bias: [N] floating or None.
-        backend: which implementation; all give the same bits.
+        backend: name of an implementation; all give the same bits.
 
     Returns:
         [..., N] in x's dtype.
@@ -40,7 +40,7 @@ def quantized_linear(
     objective: str,
     importance: Tensor | None,
     window: Window,
-    backend: Backend = TORCH,
+    backend: str = "torch",
 ) -> Tensor:
     """Quantize x with its static tensor scale, then multiply: y = (x_q w_q^T) * (S_x * S_w) + bias.
 
@@ -56,19 +56,19 @@ def quantized_linear(
         objective: how x's block scales are chosen, as in `quantize`.
         importance: [K] float32 >= 0 for "wmse", else None.
         window: as in `quantize`.
-        backend: which implementation; all give the same bits.
+        backend: name of an implementation; all give the same bits.
 
     Returns:
         [..., N] in x's dtype.
     """
-    values = backend.round_blocks(
+    values = BACKENDS[backend].round_blocks(
         x, input_scale, objective=objective, importance=importance, window=window
     )
     product = _matmul(values, weight, backend)
     return _finish(product, input_scale * weight.tensor_scale, bias, x.dtype)
 
 
-def _matmul(x: Tensor, weight: NVFP4Tensor, backend: Backend) -> Tensor:
+def _matmul(x: Tensor, weight: NVFP4Tensor, backend: str) -> Tensor:
     """Return x (codes * block_scale)^T in float32, [..., N], decoding a part of W at a time."""
     rows = x.reshape(-1, x.shape[-1])  # [T, K]
     parts = []

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from scalesweep_hf.ops import e2m1, e4m3
-from scalesweep_hf.ops.blocks import TORCH, Backend, chunk_size, row_slices
+from scalesweep_hf.ops.blocks import BACKENDS, chunk_size, row_slices
 from scalesweep_hf.ops.objectives import OBJECTIVES, check_objective
 from scalesweep_hf.ops.sweep import BLOCK, Window, check_window
 
@@ -50,13 +50,13 @@ class NVFP4Tensor:
         for part in row_slices(packed.shape[0], self.shape[-1], size):
             yield part, NVFP4Tensor(packed[part], scale[part], self.tensor_scale)
 
-    def values(self, dtype: torch.dtype = torch.bfloat16, backend: Backend = TORCH) -> Tensor:
+    def values(self, dtype: torch.dtype = torch.bfloat16, backend: str = "torch") -> Tensor:
         """Multiply codes by block scales only (`decode_blocks`).
 
         Returns:
             [..., K] dtype, in units of the tensor scale.
         """
-        return backend.decode_blocks(self.packed, self.block_scale, dtype)
+        return BACKENDS[backend].decode_blocks(self.packed, self.block_scale, dtype)
 
 
 def quantize(
@@ -66,7 +66,7 @@ def quantize(
     importance: Tensor | None = None,
     window: Window = "bounded",
     tensor_scale: Tensor | None = None,
-    backend: Backend = TORCH,
+    backend: str = "torch",
 ) -> NVFP4Tensor:
     """Quantize a tensor to NVFP4, choosing every block scale by the objective.
 
@@ -82,7 +82,7 @@ def quantize(
         window: "bounded", "exact" or code offsets (low, high); see `sweep_scales`.
         tensor_scale: [] floating, > 0 in float32; None computes it from max|x|
             (`compute_tensor_scale`).
-        backend: which implementation; all give the same bits.
+        backend: name of an implementation; all give the same bits.
 
     Returns:
         The packed tensor, on x's device.
@@ -100,7 +100,7 @@ def quantize(
     if tensor_scale is None:
         tensor_scale = compute_tensor_scale(amax, objective)
     tensor_scale = _check_tensor_scale(tensor_scale).to(x.device)
-    packed, codes = backend.encode_blocks(
+    packed, codes = BACKENDS[backend].encode_blocks(
         x, tensor_scale, objective=objective, importance=importance, window=window
     )
     return NVFP4Tensor(packed, codes.view(torch.float8_e4m3fn), tensor_scale)
