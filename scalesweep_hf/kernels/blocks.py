@@ -1,4 +1,4 @@
-"""Triton twins of `scalesweep_hf.ops.blocks`, for CUDA tensors; others go to the definition.
+"""Triton twins of `scalesweep_hf.ops.blocks`, for CUDA tensors; others go to the next backend.
 
 A program takes ROWS blocks of 16, each in the registers of one thread, as 16 columns [ROWS]: sums
 go left to right, candidates come one by one, and only x and the result touch memory.
@@ -20,9 +20,8 @@ from scalesweep_hf.kernels.numbers import (
     to_unit,
     value_of,
 )
-from scalesweep_hf.ops import blocks as definition
-from scalesweep_hf.ops.blocks import BACKENDS, Backend
-from scalesweep_hf.ops.objectives import OBJECTIVES
+from scalesweep_hf.kernels.operators import Kernels
+from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.sweep import (
     BLOCK,
     DOWN_MAX,
@@ -33,8 +32,6 @@ from scalesweep_hf.ops.sweep import (
     UP_MAX,
     UP_NORMAL,
     UP_SUBNORMAL,
-    Window,
-    check_window,
 )
 
 # Blocks per program and warps: one block per thread. (Interpreted, every program costs the same.)
@@ -295,7 +292,7 @@ def _store_values(ptr, x, a, scale, block, mask):
             raw = x[4 * four + i]
             value = value_of(round_to_index(a[4 * four + i], scale, inverse)) * scale
             value = tl.where(raw < 0.0, 0.0 - value, value) + 0.0  # no negative zero
-            value = tl.where(raw == raw, value, raw)
+            value = tl.where(raw == raw, value, float("nan"))  # low payloads would be lost
             bits = value.to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
             word = word | (bits << (16 * i))
         tl.store(ptr + four, word, mask=mask)
@@ -349,7 +346,7 @@ def _decode_kernel(packed_ptr, scale_ptr, result_ptr, blocks, ROWS: tl.constexpr
     tl.store(result_ptr + where, value.to(result_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(
+def _quantize(
     x: Tensor,
     tensor_scale: Tensor,
     importance: Tensor | None,
@@ -357,18 +354,17 @@ def _launch(
     window: str,
     low: int,
     high: int,
-    out: tuple[Tensor, Tensor],
-    encode: bool,
+    result: Tensor,
+    scale: Tensor | None,
 ) -> None:
     blocks = x.numel() // BLOCK
-    if not blocks:
-        return
     weight = x if importance is None else _aligned(importance)
     _kernel[(triton.cdiv(blocks, ROWS),)](
         _aligned(x),
         tensor_scale,
         weight,
-        *out,
+        result,
+        result if scale is None else scale,
         blocks,
         weight.numel() // BLOCK,
         low,
@@ -376,10 +372,18 @@ def _launch(
         MODE=MODES[objective],
         WINDOW={"bounded": 0, "exact": 1, "fixed": 2}[window],
         WEIGHTED=importance is not None,
-        ENCODE=encode,
+        ENCODE=scale is not None,
         ROWS=ROWS,
         num_warps=WARPS,
         enable_fp_fusion=False,
+    )
+
+
+def _decode(packed: Tensor, block_scale: Tensor, result: Tensor) -> None:
+    blocks = block_scale.numel()
+    scale = block_scale.contiguous().view(torch.uint8)
+    _decode_kernel[(triton.cdiv(blocks, ROWS),)](
+        packed.contiguous(), scale, result, blocks, ROWS=ROWS, num_warps=WARPS
     )
 
 
@@ -389,126 +393,10 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 8 == 0 else x.clone()
 
 
-def _empty_parts(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:
-    shape = x.shape[:-1]
-    packed = x.new_empty((*shape, x.shape[-1] // 2), dtype=torch.uint8)
-    return packed, x.new_empty((*shape, x.shape[-1] // BLOCK), dtype=torch.uint8)
-
-
-def _empty_values(x: Tensor, *args: object) -> Tensor:
-    return x.new_empty(x.shape, dtype=torch.bfloat16)
-
-
-def _empty_decoded(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return packed.new_empty((*packed.shape[:-1], 2 * packed.shape[-1]), dtype=dtype)
-
-
-def _encode_now(
-    x: Tensor,
-    tensor_scale: Tensor,
-    importance: Tensor | None,
-    objective: str,
-    window: str,
-    low: int,
-    high: int,
-) -> tuple[Tensor, Tensor]:
-    packed, scale = _empty_parts(x)
-    _launch(x, tensor_scale, importance, objective, window, low, high, (packed, scale), encode=True)
-    return packed, scale
-
-
-def _round_now(
-    x: Tensor,
-    tensor_scale: Tensor,
-    importance: Tensor | None,
-    objective: str,
-    window: str,
-    low: int,
-    high: int,
-) -> Tensor:
-    values = _empty_values(x)
-    _launch(
-        x, tensor_scale, importance, objective, window, low, high, (values, values), encode=False
-    )
-    return values
-
-
-def _decode_now(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    values = _empty_decoded(packed, block_scale, dtype)
-    if blocks := block_scale.numel():
-        scale = block_scale.contiguous().view(torch.uint8)
-        grid = (triton.cdiv(blocks, ROWS),)
-        _decode_kernel[grid](packed.contiguous(), scale, values, blocks, ROWS=ROWS, num_warps=WARPS)
-    return values
-
-
-# Graphs see operators; a direct call spares what dispatching them takes.
-_encode = torch.library.custom_op("scalesweep_hf::encode_blocks", _encode_now, mutates_args=())
-_round = torch.library.custom_op("scalesweep_hf::round_blocks", _round_now, mutates_args=())
-_decode = torch.library.custom_op("scalesweep_hf::decode_blocks", _decode_now, mutates_args=())
-_encode.register_fake(_empty_parts)
-_round.register_fake(_empty_values)
-_decode.register_fake(_empty_decoded)
-
-
-def encode_blocks(
-    x: Tensor,
-    tensor_scale: Tensor,
-    *,
-    objective: str,
-    importance: Tensor | None = None,
-    window: Window = "bounded",
-) -> tuple[Tensor, Tensor]:
-    """Twin of `scalesweep_hf.ops.blocks.encode_blocks`."""
-    if not _takes(x, objective):
-        return definition.encode_blocks(
-            x, tensor_scale, objective=objective, importance=importance, window=window
-        )
-    run = _encode if torch.compiler.is_compiling() else _encode_now
-    packed, scale = run(x, tensor_scale, importance, objective, *_window(window))
-    return packed, scale
-
-
-def round_blocks(
-    x: Tensor,
-    tensor_scale: Tensor,
-    *,
-    objective: str,
-    importance: Tensor | None = None,
-    window: Window = "bounded",
-) -> Tensor:
-    """Twin of `scalesweep_hf.ops.blocks.round_blocks`."""
-    if not _takes(x, objective):
-        return definition.round_blocks(
-            x, tensor_scale, objective=objective, importance=importance, window=window
-        )
-    run = _round if torch.compiler.is_compiling() else _round_now
-    values: Tensor = run(x, tensor_scale, importance, objective, *_window(window))
-    return values
-
-
-def decode_blocks(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Twin of `scalesweep_hf.ops.blocks.decode_blocks`."""
-    if not _runs_on(packed) or dtype == torch.float64:
-        return definition.decode_blocks(packed, block_scale, dtype)
-    run = _decode if torch.compiler.is_compiling() else _decode_now
-    values: Tensor = run(packed, block_scale, dtype)
-    return values
-
-
-BACKENDS["triton"] = Backend(encode_blocks, round_blocks, decode_blocks)
-
-
-def _takes(x: Tensor, objective: str) -> bool:
-    return _runs_on(x) and x.dtype != torch.float64 and not OBJECTIVES[objective].coupled
-
-
-def _runs_on(x: Tensor) -> bool:
-    return x.is_cuda or INTERPRETED
-
-
-def _window(window: Window) -> tuple[str, int, int]:
-    """Return a window as the types that an operator can have."""
-    if isinstance(window, str):
-        return window, 0, 0
-    return "fixed", *check_window(window)
+BACKENDS["triton"] = Kernels(
+    "triton",
+    _quantize,
+    _decode,
+    runs_on=lambda x: x.is_cuda or INTERPRETED,
+    fallback=BACKENDS.get("numba", BACKENDS["torch"]),
+).backend()
