@@ -69,7 +69,7 @@ def quantize(
         list[str] | None,
         option(Recipe, "Name pattern of modules to leave alone; may be repeated."),
     ] = None,
-    backend: Annotated[str | None, option(Recipe, "auto or torch.")] = None,
+    backend: Annotated[str | None, option(Recipe, "auto, torch, triton or numba.")] = None,
     packed_cache: Annotated[
         bool | None, option(Recipe, "Whether generate stores keys and values packed.")
     ] = None,

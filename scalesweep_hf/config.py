@@ -77,8 +77,9 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: name patterns of Linears to leave alone, besides output heads,
             routers and non-text towers; "!pattern" quantizes what would be left, for example
             "!lm_head".
-        backend: "torch", or "triton": kernels for CUDA devices with the same bits; "auto" takes
-            them where they run. May differ when a saved checkpoint is loaded.
+        backend: "torch", or with the same bits "triton", kernels for CUDA devices, and "numba",
+            loops for CPUs; "auto" takes them where they run. May differ when a saved checkpoint is
+            loaded.
         packed_cache: with quantized keys and values, ``generate`` stores them packed, at 4.5 bits
             per element, unless given a cache; False keeps Transformers' own cache, with the same
             results. May differ when a saved checkpoint is loaded.

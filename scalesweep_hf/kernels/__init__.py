@@ -2,13 +2,22 @@
 
 import importlib
 import importlib.util
+import platform
 
 import torch
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "numba")
 HAS_TRITON = torch.backends.cuda.is_built() and importlib.util.find_spec("triton") is not None
+# The loops rest on a fused multiply-add: all ARM64 have one, and x86 where torch takes AVX2.
+HAS_FMA = platform.machine() in ("aarch64", "arm64") or (
+    torch.backends.cpu.get_cpu_capability().startswith("AVX")
+)
+HAS_NUMBA = HAS_FMA and importlib.util.find_spec("numba") is not None
 
-if HAS_TRITON:  # adds itself to scalesweep_hf.ops.blocks.BACKENDS
+# Each adds itself to scalesweep_hf.ops.blocks.BACKENDS; Triton's hands CPU tensors on to numba's.
+if HAS_NUMBA:
+    importlib.import_module("scalesweep_hf.kernels.cpu")
+if HAS_TRITON:
     importlib.import_module("scalesweep_hf.kernels.blocks")
 
 
@@ -16,18 +25,31 @@ def resolve(name: str) -> str:
     """Return which implementation to use.
 
     Args:
-        name: "torch": the definition. "triton": kernels for CUDA tensors (others go to the
-            definition). "auto": "triton" where there is a CUDA device and Triton, else "torch".
+        name: "torch": the definition. "numba": loops for CPU tensors. "triton": kernels for CUDA
+            tensors. Each of the two hands other tensors on: "triton" to "numba" where there is one,
+            "numba" to the definition. "auto": the first of "triton", "numba" and "torch" that runs.
 
     Returns:
         A key of `scalesweep_hf.ops.blocks.BACKENDS`.
 
     Raises:
-        ValueError: there is no such name, or "triton" cannot run here.
+        ValueError: there is no such name, or it cannot run here.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; use one of {', '.join(BACKENDS)}")
-    runs = HAS_TRITON and torch.cuda.is_available()
-    if name == "triton" and not runs:
-        raise ValueError("backend 'triton' needs a CUDA device and the package triton: use 'auto'")
-    return "triton" if runs and name != "torch" else "torch"
+    runs = {
+        "triton": HAS_TRITON and torch.cuda.is_available(),
+        "numba": HAS_NUMBA,
+        "torch": True,
+    }
+    if name == "auto":
+        return next(backend for backend, works in runs.items() if works)
+    if not runs[name]:
+        raise ValueError(f"backend {name!r} needs {NEEDS[name]}: use 'auto'")
+    return name
+
+
+NEEDS = {
+    "triton": "a CUDA device and the package triton",
+    "numba": "a CPU with AVX2 or ARM64 and the package numba (pip install 'scalesweep-hf[cpu]')",
+}

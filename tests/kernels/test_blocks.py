@@ -1,5 +1,6 @@
-"""The Triton kernels have the bits of the definition: interpreted here, compiled on a GPU."""
+"""Every backend has the bits of the definition: numba's, Triton's interpreted or on a GPU."""
 
+import importlib
 from fractions import Fraction
 from typing import Any
 
@@ -15,10 +16,8 @@ from scalesweep_hf.modules.linear import (
 )
 from scalesweep_hf.ops import blocks as definition
 from scalesweep_hf.ops import e2m1, e4m3
+from scalesweep_hf.ops.blocks import BACKENDS, Backend
 from scalesweep_hf.ops.objectives import RUNTIME_OBJECTIVES
-
-pytest.importorskip("triton", reason="triton is not installed")
-from scalesweep_hf.kernels import blocks as twin
 
 # Interpreted kernels are numpy, which warns of NaN and overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -27,6 +26,27 @@ ONE = torch.tensor(1.0)
 NAN, INF = float("nan"), float("inf")
 WINDOWS = ["bounded", "exact", (-2, 5)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+MODULES = {"numba": "cpu", "triton": "blocks"}
+
+
+@pytest.fixture(params=list(MODULES))
+def backend(request: pytest.FixtureRequest, device: str) -> str:
+    name = str(request.param)
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    if name == "numba" and device == "cuda":
+        pytest.skip("numba's loops are for the CPU")
+    importlib.import_module(f"scalesweep_hf.kernels.{MODULES[name]}")
+    return name
+
+
+@pytest.fixture
+def twin(backend: str) -> Backend:
+    return BACKENDS[backend]
+
+
+@pytest.fixture
+def interpreted(backend: str, device: str) -> bool:
+    return backend == "triton" and device == "cpu"
 
 
 def hard_rows(k: int) -> Tensor:
@@ -80,9 +100,9 @@ def same(a: Tensor, b: Tensor) -> bool:
 @pytest.mark.parametrize("objective", [*RUNTIME_OBJECTIVES, "wmse, per row"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_twins_agree_to_the_bit(
-    dtype: torch.dtype, objective: str, window: Any, device: str
+    twin: Backend, dtype: torch.dtype, objective: str, window: Any, device: str, interpreted: bool
 ) -> None:
-    if device == "cpu" and window == "exact" and dtype != torch.float32:
+    if interpreted and window == "exact" and dtype != torch.float32:
         pytest.skip("interpreted, exact windows take float32 alone")
     x = torch.cat([hard_rows(80), broken_rows(80)]).to(dtype).to(device)
     objective, _, own = objective.partition(", ")
@@ -100,7 +120,7 @@ def test_twins_agree_to_the_bit(
         assert same(values, definition.round_blocks(x, tensor_scale, **options))
 
 
-def test_tiny_and_huge_tensor_scales(device: str) -> None:
+def test_tiny_and_huge_tensor_scales(twin: Backend, device: str) -> None:
     x = hard_rows(32).to(device)
     for scale in (1e-44, 2.0**-126, 1e-30, 1e30):
         tensor_scale = torch.tensor(scale, device=device)
@@ -110,10 +130,12 @@ def test_tiny_and_huge_tensor_scales(device: str) -> None:
             assert same(found, expected)
 
 
-def test_quotients_are_rounded_as_ieee_does_it(device: str) -> None:
+def test_quotients_are_rounded_as_ieee_does_it(
+    twin: Backend, device: str, interpreted: bool
+) -> None:
     """AbsMax codes of random numbers under random tensor scales: a wrong last bit moves some."""
     generator = torch.Generator().manual_seed(4)
-    rows = 1 << 16 if device == "cuda" else 1 << 8
+    rows = 1 << 8 if interpreted else 1 << 14
     for _ in range(8):
         x = torch.randn(rows, 64, generator=generator).to(device)
         tensor_scale = torch.rand((), generator=generator).to(device) * 1e-2
@@ -124,7 +146,7 @@ def test_quotients_are_rounded_as_ieee_does_it(device: str) -> None:
 
 
 def test_the_neighbours_of_every_midpoint_stay_on_their_side() -> None:
-    """What `kernels.numbers.rounding_error` rests on, for all mantissas of a scale."""
+    """What `rounding_error` and `cpu_loops.losses` rest on, for all mantissas of a scale."""
     for mantissa in range(8, 16):
         scale = Fraction(mantissa, 8)
         inverse = Fraction(float(torch.tensor(1.0) / torch.tensor(float(scale))))
@@ -136,7 +158,9 @@ def test_the_neighbours_of_every_midpoint_stay_on_their_side() -> None:
 
 
 @pytest.mark.parametrize("activations", [None, "wmse"])
-def test_graphs_hold_kernels_as_operators(activations: str | None, device: str) -> None:
+def test_graphs_hold_kernels_as_operators(
+    backend: str, activations: str | None, device: str
+) -> None:
     recipe = LinearRecipe("wmse", activations, "bounded")
     module = NVFP4Linear.from_linear(nn.Linear(64, 32).to(device, torch.bfloat16), recipe)
     absmax, square = torch.tensor(4.0), torch.rand(64, device=device)
@@ -147,15 +171,15 @@ def test_graphs_hold_kernels_as_operators(activations: str | None, device: str) 
     x = torch.randn(5, 64).to(device, torch.bfloat16)
     module.backend = "torch"
     expected = module(x)
-    module.backend = "triton"
+    module.backend = backend
     torch.compiler.reset()
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), expected)
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (1, 16), (63, 16), (65, 48), (2, 3, 129 * 16)])
-def test_any_number_of_blocks(shape: tuple[int, ...], device: str) -> None:
+def test_any_number_of_blocks(twin: Backend, shape: tuple[int, ...], device: str) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(device)
     scale = ONE.to(device)
     found = twin.encode_blocks(x, scale, objective="mse")
@@ -169,7 +193,7 @@ def found_of(found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, torch.dtype]
     return found[0], found[1].view(torch.float8_e4m3fn), torch.bfloat16
 
 
-def test_strided_input_is_read_as_it_is_seen(device: str) -> None:
+def test_strided_input_is_read_as_it_is_seen(twin: Backend, device: str) -> None:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(3)).to(device)
     scale = ONE.to(device)
     found = twin.round_blocks(x.T, scale, objective="mse")
@@ -177,7 +201,9 @@ def test_strided_input_is_read_as_it_is_seen(device: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_code_with_every_scale_is_decoded(dtype: torch.dtype, device: str) -> None:
+def test_every_code_with_every_scale_is_decoded(
+    twin: Backend, dtype: torch.dtype, device: str
+) -> None:
     packed = torch.arange(256, dtype=torch.uint8).reshape(32, 1, 8).expand(32, 256, 8)
     scale = torch.arange(256, dtype=torch.uint8).reshape(1, 256, 1).expand(32, 256, 1)
     packed, scale = packed.contiguous().to(device), scale.contiguous().to(device)
@@ -185,10 +211,13 @@ def test_every_code_with_every_scale_is_decoded(dtype: torch.dtype, device: str)
     assert same(twin.decode_blocks(*arguments), definition.decode_blocks(*arguments))
 
 
-def test_every_bfloat16_value_is_rounded(device: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_value_of_two_bytes_is_rounded(
+    twin: Backend, dtype: torch.dtype, device: str, interpreted: bool
+) -> None:
     bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    x = bits.view(torch.bfloat16).reshape(-1, 16).to(device)
-    if device == "cpu":  # interpreted, every seventh block
+    x = bits.view(dtype).reshape(-1, 16).to(device)
+    if interpreted:  # every seventh block
         x = x[::7]
     scale = ONE.to(device)
     for objective in ("absmax", "mse"):
