@@ -4,6 +4,7 @@ As many threads as torch would take, for the length of a call. The first call im
 compiles, which takes seconds, once: numba keeps the result on disk.
 """
 
+import functools
 import importlib
 import threading
 import warnings
@@ -23,6 +24,8 @@ from scalesweep_hf.ops.sweep import BLOCK
 
 # Fewer blocks are not worth a thread.
 BLOCKS_PER_THREAD = 1 << 13
+
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 _lock = threading.Lock()
 _loops: list[ModuleType | None] = []
@@ -88,9 +91,20 @@ def _decode(packed: Tensor, block_scale: Tensor, result: Tensor) -> None:
     if loops is None:
         result.copy_(definition.decode_blocks(packed, block_scale, result.dtype))
         return
-    kind = DTYPES.index(result.dtype)
-    arguments = (_bytes_of(packed), _bytes_of(block_scale), kind, _bytes_of(result))
-    _in_threads(lambda *part: loops.decode(*arguments, *part), block_scale.numel())
+    words = INTEGERS[result.dtype]
+    table, out = (t.view(-1).view(words).numpy() for t in (_table(result.dtype), result))
+    arguments = _bytes_of(packed), _bytes_of(block_scale), table, out
+    _in_threads(lambda *part: loops.look_up(*arguments, *part), block_scale.numel())
+
+
+@functools.cache
+def _table(dtype: torch.dtype) -> Tensor:
+    """Return the value of every code at every scale, [256, 16], by the definition."""
+    packed = definition.pack(torch.arange(16, dtype=torch.uint8, device="cpu")).expand(256, 8)
+    scale = (
+        torch.arange(256, dtype=torch.uint8, device="cpu").unsqueeze(-1).view(torch.float8_e4m3fn)
+    )
+    return definition.decode_blocks(packed, scale, dtype)
 
 
 def _bytes_of(x: Tensor) -> "np.ndarray[Any, np.dtype[np.uint8]]":

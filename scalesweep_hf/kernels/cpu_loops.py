@@ -111,17 +111,6 @@ def half_value(bits):
 
 
 @_compiled
-def half_bits(x):
-    """Return the bits of x as a float16, for x zero, NaN, or exact and normal in float16."""
-    bits = bits_of(x)
-    magnitude = i32(bits & 0x7FFFFFFF)
-    half = i32((magnitude - 0x38000000) >> 13)
-    half = half if magnitude > 0 else i32(0)
-    half = half if x == x else i32(0x7E00)
-    return i32(half | ((bits >> 16) & 0x8000))
-
-
-@_compiled
 def load(x, kind, start, count, columns):
     """Transpose count blocks of x, given as bytes, to the first lanes of columns."""
     first = start * BLOCK
@@ -362,24 +351,14 @@ def quantize(x, kind, tensor_scale, importance, mode, low, high, encode, result,
 
 
 @_compiled
-def decode(packed, scale, kind, result, begin, end):
-    """Multiply [blocks * 8] bytes of codes by [blocks] E4M3 scales: floats of a kind, as bytes."""
-    values = np.empty(BLOCK, f32)
-    floats, words = result.view(np.float32), result.view(np.uint16)
+def look_up(packed, scale, table, result, begin, end):
+    """Write the values of blocks begin...end - 1, of [blocks * 8] bytes of codes, to result.
+
+    table [256 * 16] has the value of every code at every scale, of the type of result.
+    """
     for block in range(begin, end):
-        code = i32(scale[block])
-        factor = e4m3_value(i32(code & 127)) if code & 127 < 127 else f32(np.nan)
-        factor = -factor if code > 127 else factor
+        row = BLOCK * np.int64(scale[block])
         for j in range(8):
-            pair = i32(packed[8 * block + j])
-            low, high = e2m1_value(i32(pair & 7)), e2m1_value(i32((pair >> 4) & 7))
-            values[2 * j] = (-low if pair & 8 else low) * factor
-            values[2 * j + 1] = (-high if pair & 128 else high) * factor
-        at = BLOCK * block
-        for i in range(BLOCK):
-            if kind == FLOAT32:
-                floats[at + i] = values[i]
-            elif kind == BFLOAT16:
-                words[at + i] = np.uint16(bits_of(values[i]) >> 16)
-            else:
-                words[at + i] = np.uint16(half_bits(values[i]))
+            pair = np.int64(packed[8 * block + j])
+            result[BLOCK * block + 2 * j] = table[row + (pair & 15)]
+            result[BLOCK * block + 2 * j + 1] = table[row + (pair >> 4)]
