@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from scalesweep_hf import kernels
+from scalesweep_hf.ops import e2m1, e4m3
 from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, quantize
+from scalesweep_hf.ops.sweep import block_loss, normalize_importance
 
 numba = pytest.importorskip("numba")
 from scalesweep_hf.kernels import cpu, cpu_loops  # noqa: E402
@@ -25,6 +27,37 @@ def bytes_of(tensor: NVFP4Tensor) -> tuple[list[int], list[int]]:
 
 def weight(rows: int = 48) -> Tensor:
     return torch.randn(rows, 1040, generator=torch.Generator().manual_seed(0))
+
+
+def columns_of(blocks: Tensor) -> Tensor:
+    """Lay out blocks [LANES, 16] as the loops do."""
+    return blocks.T.contiguous().flatten()
+
+
+def test_losses_have_the_bits_of_the_definition_around_every_midpoint() -> None:
+    """Of all scales; a sweep would not show it, since both neighbours err almost alike."""
+    generator = torch.Generator().manual_seed(0)
+    midpoints, lanes = torch.tensor(e2m1.MIDPOINTS), cpu_loops.LANES
+    importance = torch.rand(lanes, 16, generator=generator)
+    for code in range(1, 127):
+        scale = e4m3.decode(torch.full((lanes,), code, dtype=torch.uint8))
+        ties = midpoints[torch.randint(0, 7, (lanes, 16), generator=generator)] * scale[:, None]
+        steps = torch.randint(-2, 3, (lanes, 16), generator=generator, dtype=torch.int32)
+        x = (ties.view(torch.int32) + steps).view(torch.float32)
+        columns, found = torch.cat([columns_of(x), columns_of(importance)]), torch.empty(lanes)
+        codes = torch.full((lanes,), code, dtype=torch.int32)
+        cpu_loops.losses(columns.numpy(), codes.numpy(), found.numpy())
+        assert torch.equal(found, block_loss(x, scale, importance))
+
+
+def test_importance_of_any_size_is_normalized_as_the_definition_does_it() -> None:
+    lanes = cpu_loops.LANES
+    powers = torch.logspace(-149, 127, lanes, base=2.0, dtype=torch.float64)[:, None]
+    importance = (torch.rand(lanes, 16, dtype=torch.float64) * powers).to(torch.float32)
+    importance[7] = 0.0
+    found = columns_of(importance)
+    cpu_loops.normalize(found.numpy(), torch.empty(lanes).numpy())
+    assert torch.equal(found, columns_of(normalize_importance(importance)))
 
 
 def test_threads_share_the_blocks_without_a_gap(monkeypatch: pytest.MonkeyPatch) -> None:
