@@ -175,7 +175,6 @@ WRONG = [
     ({"algorithm": "awq"}, "algorithm is 'awq'"),
     ({"objective": "best"}, "objective is 'best'; use one of absmax, four_over_six, mse, wmse"),
     ({"objective": None}, "objective is None"),
-    ({"backend": "cuda"}, "backend is 'cuda'; use one of auto, torch, triton"),
     ({"backend": "cuda"}, "backend is 'cuda'"),
     ({"num_samples": 0}, "num_samples is 0; it must be an integer > 0"),
     ({"num_samples": True}, "num_samples is True"),
