@@ -25,7 +25,7 @@ COLOURS = {
     "four_over_six": "#d99a3a",
     "mse": "#3f9c6b",
     "wmse": "#3b78c3",
-    "hessian": "#5b4a3f",
+    "hessian": "#8c7b6b",
     "nearest E4M3": "#8a63b3",
 }
 KINDS = ("weights", "activations", "keys", "values", "queries")
