@@ -10,7 +10,7 @@ demo: $(VENV)/.test
 	$(BIN)/python examples/demo.py
 
 test: lint
-	$(BIN)/python -m pytest --cov=scalesweep_hf --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --cov=scalesweep_hf --cov-report=term:skip-covered
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check $(SOURCES)

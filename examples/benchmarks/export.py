@@ -35,6 +35,8 @@ SHAPES = {
 SCRIPT = """
 import shutil, sys, time
 from pathlib import Path
+# (Transformers loads a model's code when it is first used.)
+from transformers import LlamaForCausalLM
 from scalesweep_hf.export import export_checkpoint
 source, out, way = sys.argv[1:]
 start = time.perf_counter()

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from scalesweep_hf.calibration.observers import LocalHessian
 from scalesweep_hf.calibration.run import make_runner
 from scalesweep_hf.evaluate.fidelity import measure_fidelity
 from scalesweep_hf.modules import attention
 from scalesweep_hf.names import STATES
 from scalesweep_hf.ops import e4m3
+from scalesweep_hf.ops.local_hessian import sweep_local_hessian
 from scalesweep_hf.ops.nvfp4 import compute_tensor_scale, dequantize, quantize
 from scalesweep_hf.ops.objectives import OBJECTIVES, RUNTIME_OBJECTIVES
 from scalesweep_hf.ops.oracle import nearest_codes, optimal_scales
@@ -73,7 +75,10 @@ def measure_gaps(model: Any, names: Sequence[str], tokens: Tensor) -> list[Gap]:
     weights = {name: model.get_submodule(name).weight.detach() for name in names}
     result = []
     for name, weight in weights.items():
-        result += _gaps(name, "weights", weight, inputs[name].float().square().sum(0))
+        x = inputs[name].float()
+        coupling = LocalHessian()
+        coupling.update(x)
+        result += _gaps(name, "weights", weight, x.square().sum(0), coupling.value.to(x.device))
     for group in group_by_input(names):
         columns = sum(weights[name].float().square().sum(0) for name in group)
         assert isinstance(columns, Tensor)
@@ -122,11 +127,16 @@ class _Frozen:
         return self.output
 
 
-def _gaps(name: str, kind: str, x: Tensor, importance: Tensor) -> list[Gap]:
-    """Measure one tensor [R, K] with importance [K], by both errors."""
+def _gaps(
+    name: str, kind: str, x: Tensor, importance: Tensor, coupling: Tensor | None = None
+) -> list[Gap]:
+    """Measure one tensor [R, K] with importance [K], by both errors.
+
+    With coupling [K/16, 16, 16] also the objective "hessian".
+    """
     amax = x.detach().abs().amax()
     result = []
-    blocks, weights = _pick_blocks(x, importance)
+    blocks, weights, columns = _pick_blocks(x, importance)
     for error in ("mse", "wmse"):
         w = weights if error == "wmse" else None
         losses: dict[str, Tensor] = {}
@@ -135,6 +145,11 @@ def _gaps(name: str, kind: str, x: Tensor, importance: Tensor) -> list[Gap]:
             scaled = blocks / scale
             codes = OBJECTIVES[objective].choose(scaled, weights, "bounded")
             losses[objective] = block_loss(scaled, e4m3.decode(codes), w) * scale**2
+        if coupling is not None:  # [B, 1, 16] seen as one row of blocks
+            scale = compute_tensor_scale(amax, "hessian")
+            scaled = blocks / scale
+            codes = sweep_local_hessian(scaled.movedim(1, 0), coupling[columns]).codes.mT
+            losses["hessian"] = block_loss(scaled, e4m3.decode(codes), w) * scale**2
         scale = compute_tensor_scale(amax, "mse")
         scaled = blocks / scale
         best = optimal_scales(scaled, w)
@@ -152,14 +167,15 @@ def _gaps(name: str, kind: str, x: Tensor, importance: Tensor) -> list[Gap]:
     return result
 
 
-def _pick_blocks(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return about `BLOCKS` nonzero blocks [B, 1, 16] of x, and their importance."""
+def _pick_blocks(x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return about `BLOCKS` nonzero blocks [B, 1, 16] of x, their importance and columns [B]."""
     blocks = x.detach().to(torch.float32).unflatten(-1, (-1, BLOCK)).flatten(0, 1)  # [R G, 16]
     weights = importance.to(torch.float32).unflatten(-1, (-1, BLOCK))  # [G, 16]
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randperm(len(blocks), generator=generator)[:BLOCKS].to(x.device)
     chosen = chosen[blocks[chosen].abs().amax(-1) > 0]
-    return blocks[chosen].unsqueeze(1), weights[chosen % len(weights)].unsqueeze(1)
+    columns = chosen % len(weights)
+    return blocks[chosen].unsqueeze(1), weights[columns].unsqueeze(1), columns
 
 
 def _sample(

@@ -1,6 +1,6 @@
 """Write the results of a table out: Markdown, LaTeX, and a line about one cell."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,9 @@ def latex(results: Mapping[str, Any]) -> str:
     )
 
 
-def summarise(result: Mapping[str, Any]) -> str:
+def summarise(result: Mapping[str, Any], tasks: Sequence[Task]) -> str:
     """Return one line about a cell."""
-    parts = []
-    for task, metrics in result["tasks"].items():
-        parts.append(f"{task} {next(iter(metrics.values())):.4f}")
+    parts = [f"{task.name} {score(result['tasks'][task.name], task):.4f}" for task in tasks]
     if "kl" in result:
         parts.append(f"KL {result['kl']:.5f}, perplexity {result['perplexity']:.3f}")
     seconds = result["seconds"]

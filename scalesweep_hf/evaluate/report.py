@@ -6,6 +6,7 @@ Nothing is loaded from anywhere: pictures are SVG inside the file. Works in ligh
 import html
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ COLOURS = {
     "four_over_six": "#d99a3a",
     "mse": "#3f9c6b",
     "wmse": "#3b78c3",
+    "hessian": "#8c7b6b",
     "nearest E4M3": "#8a63b3",
 }
 KINDS = ("weights", "activations", "keys", "values", "queries")
@@ -83,7 +85,8 @@ def write_report(
         "<h2>How near the scales come to the best</h2>",
         "<p>The error beyond that of the optimal float32 scale of every block, in percent of it, "
         'averaged over the tensors of a kind. "nearest E4M3" rounds that optimal scale to the '
-        "better of its two E4M3 neighbours. Lower is better.</p>",
+        'better of its two E4M3 neighbours; "hessian" minimises another error, that of the output. '
+        "Lower is better.</p>",
         *(
             _figure(_mean_gaps(gaps, error), f"Gap under {label}")
             for error, label in ERRORS.items()
@@ -139,9 +142,9 @@ def _mean_gaps(gaps: Sequence[Gap], error: str) -> Figure:
     for i, (objective, colour) in enumerate(COLOURS.items()):
         means = []
         for kind in kinds:
-            values = [g.gaps[objective] for g in gaps if g.kind == kind and g.error == error]
-            means.append(100 * sum(values) / len(values))
-        places = [k + (i - 2) * width for k in range(len(kinds))]
+            mine = [g.gaps for g in gaps if g.kind == kind and g.error == error]
+            means.append(100 * sum(g.get(objective, math.nan) for g in mine) / len(mine))
+        places = [k + (i - 2.5) * width for k in range(len(kinds))]
         axes.bar(places, means, width, color=colour, label=objective)
     axes.set_xticks(range(len(kinds)), kinds)
     axes.set_ylabel("gap, %")
@@ -153,8 +156,10 @@ def _gaps_by_layer(gaps: Sequence[Gap], kind: str) -> Figure:
     mine = [gap for gap in gaps if gap.kind == kind and gap.error == "wmse"]
     figure, axes = _axes(8, 2.6)
     for objective, colour in COLOURS.items():
-        values = [100 * gap.gaps[objective] for gap in mine]
-        axes.plot(range(len(mine)), values, color=colour, label=objective, marker=".", lw=1)
+        values = [100 * gap.gaps[objective] for gap in mine if objective in gap.gaps]
+        if not values:  # "hessian" is for weights
+            continue
+        axes.plot(range(len(values)), values, color=colour, label=objective, marker=".", lw=1)
     axes.set_ylabel("gap, %")
     axes.set_xlabel(f"{kind}, in model order")
     _legend(axes)
@@ -206,18 +211,22 @@ def _table(gaps: Sequence[Gap], sensitivity: dict[str, float]) -> str:
     rows = []
     for gap in gaps:
         kl = sensitivity.get(gap.module) if gap.kind == "weights" else None
-        numbers = [*(100 * gap.gaps[objective] for objective in COLOURS), 100 * gap.edge]
+        numbers = [100 * gap.gaps.get(name, math.nan) for name in COLOURS] + [100 * gap.edge]
         cells = [f"<td>{html.escape(text)}</td>" for text in (gap.module, gap.kind, gap.error)]
-        cells += [f"<td data-value='{value:.6g}'>{value:.2f}</td>" for value in numbers]
-        cells.append(
-            f"<td data-value='{-1 if kl is None else kl}'>{'' if kl is None else f'{kl:.2e}'}</td>"
-        )
+        cells += [_cell(value, ".2f") for value in numbers]
+        cells.append(_cell(math.nan if kl is None else kl, ".2e"))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f"<th>{html.escape(text)}</th>" for text in heads)
     return (
         f"<div class='wide'><table id='gaps'><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _cell(value: float, style: str) -> str:
+    if math.isnan(value):  # not measured: sorted before all that was
+        return "<td data-value='-1'></td>"
+    return f"<td data-value='{value:.6g}'>{value:{style}}</td>"
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Any]:
@@ -235,7 +244,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
 
 def _legend(axes: Any) -> None:
     above = {"loc": "lower left", "bbox_to_anchor": (0, 1)}
-    axes.legend(frameon=False, labelcolor=INK, ncols=5, fontsize="small", **above)
+    axes.legend(frameon=False, labelcolor=INK, ncols=6, fontsize="small", **above)
 
 
 def _figure(figure: Figure, title: str) -> str:

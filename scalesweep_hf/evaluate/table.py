@@ -58,7 +58,7 @@ def run_table(
             reference = _load(plan, Cell(cell.model, REFERENCE, "", ""))
         result = evaluate_cell(plan, cell, reference)
         write_text(file, json.dumps(result, indent=2))
-        report(f"[{number}/{len(cells)}] {cell.name}: {summarise(result)}")
+        report(f"[{number}/{len(cells)}] {cell.name}: {summarise(result, plan.tasks)}")
     results = collect_results(plan, folder)
     write_text(folder / "results.json", json.dumps(results, indent=2))
     write_text(folder / "table.md", markdown(results))

@@ -103,7 +103,7 @@ def test_keys_are_weighed_by_queries_and_queries_by_keys(model: Any) -> None:
 
 def test_every_column_block_is_looked_at() -> None:
     x = torch.arange(1.0, 257.0).repeat_interleave(16).expand(256, -1)
-    blocks, _ = gaps._pick_blocks(x, torch.ones(4096))
+    blocks, _, _ = gaps._pick_blocks(x, torch.ones(4096))
     assert len(blocks) == gaps.BLOCKS
     assert len(blocks[:, 0, 0].unique()) == 256
     rows = gaps._some(torch.arange(1535)[:, None])
@@ -180,7 +180,21 @@ def test_a_module_that_does_not_run_is_named(model: Any) -> None:
 def test_blocks_keep_their_importance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gaps, "BLOCKS", 5)
     x = torch.arange(1.0, 1 + 7 * 48).reshape(7, 48)
-    blocks, weights = gaps._pick_blocks(x, torch.arange(48.0))
+    blocks, weights, columns = gaps._pick_blocks(x, torch.arange(48.0))
     column = ((blocks[:, 0, 0] - 1) % 48).int()
     assert len(blocks) == 5
     assert torch.equal(weights[:, 0, 0].int(), column)
+    assert torch.equal(columns.int(), column // 16)
+
+
+def test_a_diagonal_coupling_is_an_importance() -> None:
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    importance = torch.rand(64, generator=torch.Generator().manual_seed(1)) + 0.1
+    coupling = torch.diag_embed(importance.unflatten(0, (-1, 16)))
+    for gap in gaps._gaps("name", "weights", x, importance, coupling):
+        assert gap.gaps["hessian"] == gap.gaps["wmse"]
+
+
+def test_weights_alone_are_swept_by_their_couplings(model: Any) -> None:
+    for gap in measure_gaps(model, select_linears(model, None), TOKENS):
+        assert ("hessian" in gap.gaps) == (gap.kind == "weights")
