@@ -359,32 +359,34 @@ def _quantize(
 ) -> None:
     blocks = x.numel() // BLOCK
     weight = x if importance is None else _aligned(importance)
-    _kernel[(triton.cdiv(blocks, ROWS),)](
-        _aligned(x),
-        tensor_scale,
-        weight,
-        result,
-        result if scale is None else scale,
-        blocks,
-        weight.numel() // BLOCK,
-        low,
-        high,
-        MODE=MODES[objective],
-        WINDOW={"bounded": 0, "exact": 1, "fixed": 2}[window],
-        WEIGHTED=importance is not None,
-        ENCODE=scale is not None,
-        ROWS=ROWS,
-        num_warps=WARPS,
-        enable_fp_fusion=False,
-    )
+    with torch.cuda.device_of(x):  # Triton launches where the current device is
+        _kernel[(triton.cdiv(blocks, ROWS),)](
+            _aligned(x),
+            tensor_scale,
+            weight,
+            result,
+            result if scale is None else scale,
+            blocks,
+            weight.numel() // BLOCK,
+            low,
+            high,
+            MODE=MODES[objective],
+            WINDOW={"bounded": 0, "exact": 1, "fixed": 2}[window],
+            WEIGHTED=importance is not None,
+            ENCODE=scale is not None,
+            ROWS=ROWS,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
 
 
 def _decode(packed: Tensor, block_scale: Tensor, result: Tensor) -> None:
     blocks = block_scale.numel()
     scale = block_scale.contiguous().view(torch.uint8)
-    _decode_kernel[(triton.cdiv(blocks, ROWS),)](
-        packed.contiguous(), scale, result, blocks, ROWS=ROWS, num_warps=WARPS
-    )
+    with torch.cuda.device_of(packed):
+        _decode_kernel[(triton.cdiv(blocks, ROWS),)](
+            packed.contiguous(), scale, result, blocks, ROWS=ROWS, num_warps=WARPS
+        )
 
 
 def _aligned(x: Tensor) -> Tensor:
