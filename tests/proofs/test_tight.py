@@ -1,9 +1,10 @@
 """The window is no larger than it must be: blocks whose only optimum lies at its ends."""
 
+import importlib
+
 import pytest
 import torch
 
-from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.nvfp4 import quantize
 from scalesweep_hf.ops.sweep import Window, absmax_codes
 from scalesweep_hf.ops.window import ROUNDED
@@ -65,8 +66,12 @@ def test_odd_codes_that_small_blocks_need(q0: int) -> None:
 
 
 @pytest.mark.parametrize("window", ["bounded", "exact"])
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # interpreted kernels are numpy
 def test_float32_sweeps_find_the_winner_of_every_witness(backend: str, window: Window) -> None:
+    if backend == "triton":
+        pytest.importorskip("triton", reason="triton is not installed")
+        importlib.import_module("scalesweep_hf.kernels.blocks")  # adds itself to BACKENDS
     x = torch.tensor([[float(v / 512) for v in block] for _, _, block in WITNESSES])
     assert absmax_codes(x).tolist() == [q0 for q0, _, _ in WITNESSES]
     chosen = quantize(x, window=window, tensor_scale=torch.tensor(1.0), backend=backend)
