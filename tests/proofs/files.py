@@ -57,7 +57,7 @@ def covered(certificates: list[Certificate]) -> set[tuple[int, int]]:
 
 
 def read_witnesses() -> list[tuple[int, int, list[Fraction]]]:
-    """Read ``[[q0, code, [16 magnitudes times 64]], ...]``: blocks with base q0 that code wins."""
+    """Read ``[[q0, code, [magnitudes times 64]], ...]``: blocks with base q0 that code wins."""
     return [
         (q0, code, [Fraction(x, 64) for x in block])
         for q0, code, block in json.loads(WITNESSES.read_text())

@@ -11,7 +11,7 @@ from scalesweep_hf.ops.window import ROUNDED
 from tests.proofs.exact import CODES, base, candidates, loss
 from tests.proofs.files import covered, read_certificates, read_witnesses
 
-WITNESSES = read_witnesses()
+WITNESSES = [witness for witness in read_witnesses() if len(witness[2]) == 16]
 OF = {(q0, code): block for q0, code, block in WITNESSES}
 
 
@@ -19,7 +19,6 @@ OF = {(q0, code): block for q0, code, block in WITNESSES}
 def test_a_witness_is_won_by_its_code_alone(q0: int) -> None:
     for own, code, block in WITNESSES:
         if own == q0:
-            assert len(block) == 16
             assert base(max(block)) == q0
             least = loss(block, code)
             assert all(loss(block, other) > least for other in CODES if other != code)
@@ -44,6 +43,18 @@ def test_every_code_that_is_not_excluded_wins_a_block(q0: int) -> None:
     proved = covered(read_certificates(16))
     left = candidates(q0, proved, 16, floored=False)
     assert left == sorted(code for own, code in OF if own == q0)
+
+
+@pytest.mark.parametrize("size", [8, 32])
+def test_the_lower_end_of_every_field_is_attained_for_other_sizes(size: int) -> None:
+    proved = covered(read_certificates(size))
+    others = {q0: (code, block) for q0, code, block in read_witnesses() if len(block) == size}
+    for q0 in (*range(16, 24), *range(120, 127)):
+        code, block = others[q0]
+        assert code == candidates(q0, proved, size, floored=False)[0]
+        assert base(max(block)) == q0
+        least = loss(block, code)
+        assert all(loss(block, other) > least for other in CODES if other != code)
 
 
 # Odd codes above the window that can win, by base; the definition tries all up to 15.
