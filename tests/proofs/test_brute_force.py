@@ -1,5 +1,7 @@
 """Bounded, exact and pruned sweeps against all 126 codes, on what examples/benchmarks makes."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from torch import Tensor
 
 from tests.conftest import load_example
 
+brute = load_example("benchmarks/brute_force")
+sys.modules.setdefault("brute_force", brute)
 window = load_example("benchmarks/window")
 
 
@@ -24,6 +28,17 @@ def test_sweeps_have_the_codes_of_brute_force(kind: str, weighted: bool) -> None
     generator = torch.Generator().manual_seed(7)
     x = getattr(window, kind)(8192, generator)
     tally(x, torch.rand(x.shape, generator=generator) ** 8 if weighted else None)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("numba"), reason="numba is not installed")
+@pytest.mark.parametrize("kind", ["random", "adversarial"])
+def test_compiled_brute_force_is_that_of_torch(kind: str) -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = getattr(window, kind)(4096, generator)
+    weight = torch.rand(x.shape, generator=generator) ** 8
+    weight[::7] = 0.0
+    for w in (None, weight):
+        assert torch.equal(brute.brute_force(x, w), brute.brute_force(x, w, fast=False))
 
 
 def test_sweeps_of_real_weights_have_the_codes_of_brute_force(reference_model: Path) -> None:
