@@ -26,6 +26,8 @@ import pytest
 import torch
 
 from scalesweep_hf.ops import e2m1, e4m3
+from scalesweep_hf.ops.sweep import block_loss, sweep_scales
+from scalesweep_hf.ops.window import ROUNDED
 from tests.proofs.exact import (
     CODES,
     MIDPOINTS,
@@ -112,3 +114,13 @@ def test_far_smaller_scales_cost_more_by_clipping_alone() -> None:
     most = max(loses(x) for x in [small, *MIDPOINTS, Fraction(6)])
     for t in (Fraction(5), Fraction(6), Fraction(8), Fraction(MOST, 448)):
         assert -loses(t) - 15 * most > 37 * U * 16 * t**2 + 324 * U
+
+
+def test_far_beyond_the_limit_computed_losses_are_all_alike() -> None:
+    x = torch.tensor([[2.0**40] + [1.0] * 15])
+    losses = {
+        float(block_loss(x, e4m3.decode(torch.tensor([c], dtype=torch.uint8)))) for c in CODES
+    }
+    assert losses == {2.0**80}
+    assert sweep_scales(x).codes.tolist() == [ROUNDED.codes(126)[0]]
+    assert sweep_scales(x, window="exact").codes.tolist() == [1]

@@ -27,8 +27,13 @@ def test_a_witness_is_won_by_its_code_alone(q0: int) -> None:
 @pytest.mark.parametrize("field", range(8))
 def test_both_ends_of_the_window_of_every_field_are_attained(field: int) -> None:
     q0 = 16 + field
-    assert (q0, q0 + ROUNDED.up_normal[field]) in OF
-    assert (q0, q0 - ROUNDED.down_normal[field]) in OF
+    for code in (q0 + ROUNDED.up_normal[field], q0 - ROUNDED.down_normal[field]):
+        block = OF[q0, code]
+        for octave in range(1, 13):  # q0 up to 119
+            moved, own = [x * 2**octave for x in block], code + 8 * octave
+            assert base(max(moved)) == q0 + 8 * octave
+            least = loss(moved, own)
+            assert all(loss(moved, other) > least for other in {*CODES} - {own})
 
 
 @pytest.mark.parametrize("q0", range(120, 127))
