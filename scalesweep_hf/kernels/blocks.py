@@ -27,8 +27,10 @@ from scalesweep_hf.ops.sweep import (
     DOWN_MAX,
     DOWN_NORMAL,
     DOWN_SUBNORMAL,
+    DOWN_TOP,
     DOWN_WEIGHTED,
     LAST_ODD,
+    TOP,
     UP_MAX,
     UP_NORMAL,
     UP_SUBNORMAL,
@@ -53,6 +55,8 @@ UP = _nibbles(UP_NORMAL)
 UP_LOW = _nibbles(UP_SUBNORMAL)
 DOWN = _nibbles(DOWN_NORMAL)
 DOWN_LOW = _nibbles(DOWN_SUBNORMAL)
+DOWN_HIGH = _nibbles(DOWN_TOP)
+FIRST_HIGH = tl.constexpr(TOP)
 DOWN_MOST = tl.constexpr(DOWN_MAX)
 WEIGHTED_DOWN = tl.constexpr(DOWN_WEIGHTED)
 HIGHEST = tl.constexpr(UP_MAX)
@@ -226,7 +230,8 @@ def _bounded(a, w, base, largest, WEIGHTED: tl.constexpr):
     """Twin of `ops.sweep.sweep_scales` for its bounded window; also return the first candidate."""
     field = (base & 7) * 4
     up = (tl.where(base < 8, UP_LOW, UP) >> field) & 15
-    down = (tl.where(base < 8, DOWN_LOW, DOWN) >> field) & 15
+    rows = tl.where(base < 8, DOWN_LOW, tl.where(base < FIRST_HIGH, DOWN, DOWN_HIGH))
+    down = (rows >> field) & 15
     if WEIGHTED:
         down = tl.full(down.shape, WEIGHTED_DOWN, tl.int32)
     # Where the window ends below ODD, odd codes follow; the definition has steps for them.

@@ -17,6 +17,7 @@ from scalesweep_hf.ops.sweep import (
     DOWN_MAX,
     DOWN_NORMAL,
     DOWN_SUBNORMAL,
+    DOWN_TOP,
     DOWN_WEIGHTED,
     LAST_ODD,
     UP_MAX,
@@ -34,7 +35,7 @@ f32, i32 = np.float32, np.int32
 FAR = f32(FAR_FLOAT)
 SMALLEST_SCALE = f32(2.0**-9)
 UP = np.array(UP_SUBNORMAL + UP_NORMAL * 15, i32)  # by code
-DOWN = np.array(DOWN_SUBNORMAL + DOWN_NORMAL * 15, i32)
+DOWN = np.array(DOWN_SUBNORMAL + DOWN_NORMAL * 14 + DOWN_TOP, i32)
 
 
 def _compiled(function):

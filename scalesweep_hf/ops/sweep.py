@@ -13,27 +13,20 @@ import torch
 from torch import Tensor
 
 from scalesweep_hf.ops import e2m1, e4m3
+from scalesweep_hf.ops.window import DOWN_MAX as DOWN_MAX
+from scalesweep_hf.ops.window import DOWN_NORMAL as DOWN_NORMAL
+from scalesweep_hf.ops.window import DOWN_SUBNORMAL as DOWN_SUBNORMAL
+from scalesweep_hf.ops.window import DOWN_TOP as DOWN_TOP
+from scalesweep_hf.ops.window import DOWN_WEIGHTED as DOWN_WEIGHTED
+from scalesweep_hf.ops.window import LAST_ODD as LAST_ODD
+from scalesweep_hf.ops.window import TOP as TOP
+from scalesweep_hf.ops.window import UP_MAX as UP_MAX
+from scalesweep_hf.ops.window import UP_NORMAL as UP_NORMAL
+from scalesweep_hf.ops.window import UP_SUBNORMAL as UP_SUBNORMAL
 
 BLOCK = 16
 
 Window = Literal["bounded", "exact"] | tuple[int, int]
-
-# Offsets from q0 that hold every optimum, by the mantissa field of q0 (arXiv 2606.07618, Lemmas 4.1
-# and 4.3 with the authors' range proof). Index 0 of the subnormal rows is the code 0, which q0
-# never is.
-UP_NORMAL = (6, 7, 6, 6, 6, 6, 6, 6)
-UP_SUBNORMAL = (0, 1, 2, 2, 3, 4, 5, 5)
-DOWN_NORMAL = (3, 3, 2, 2, 2, 3, 3, 3)
-DOWN_SUBNORMAL = (0, 0, 1, 2, 3, 3, 3, 3)
-UP_MAX = max(UP_NORMAL)
-# An element that weighs nothing may be clipped at no cost, so weighted blocks have no universal
-# lower bound; eight codes halve the scale, which is what the paper searches.
-DOWN_WEIGHTED = 8
-DOWN_MAX = max(DOWN_NORMAL)
-# The upper bound compares s with s / 2, which is an E4M3 value only from code 16 on, or where the
-# code is even: odd codes up to this one may win however small the block is. (The published
-# subnormal row overlooks this: sixteen times 5.5 * 2**-9 has q0 = 1 and no error at code 11.)
-LAST_ODD = 15
 
 
 @dataclass(frozen=True)
@@ -65,9 +58,9 @@ def sweep_scales(
             whose importance is zero throughout is swept with 1. The result does not depend on its
             unit.
         window: "bounded": the offsets proved sufficient for the squared error, by mantissa field of
-            q0; with importance, eight codes down, as the paper does. "exact": the optimum over all
-            126 codes, with a proof per block (see `_sweep_exact`). ``(low, high)``: code offsets
-            from q0, inclusive.
+            q0 (`ops.window`); with importance, eight codes down, as the paper does. "exact": the
+            optimum over all 126 codes, with a proof per block (see `_sweep_exact`). ``(low,
+            high)``: code offsets from q0, inclusive.
 
     Returns:
         The winning codes and their losses.
@@ -200,7 +193,7 @@ def _bounded_window(code: Tensor, *, weighted: bool) -> tuple[Tensor, Tensor]:
     down = torch.where(
         subnormal, _table(DOWN_SUBNORMAL, code)[field], _table(DOWN_NORMAL, code)[field]
     )
-    return down, up
+    return torch.where(code < TOP, down, _table(DOWN_TOP, code)[field]), up
 
 
 def check_window(window: Window) -> tuple[int, int]:
