@@ -5,6 +5,7 @@ Transformers generates are written over.
 """
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ GENERATED = (
     "card has been automatically generated."
 )
 TAGS = ("nvfp4", METHOD)
+logger = logging.getLogger(__name__)
 RECIPE = ("scheme", "objective", "algorithm", "window", "overrides", "modules_to_not_convert")
 
 
@@ -85,7 +87,7 @@ class Cards:
                 goes with it; None for a model that has just been quantized.
         """
         self._model = model
-        self._source = source
+        self._source = None if source is None else source.resolve()
         self._own: bytes | None = None
         model.save_pretrained = self.save
         model._upload_modified_files = self.upload
@@ -130,7 +132,12 @@ class Cards:
             return
         figures = None
         if source is not None and (source / RESULTS).is_file():
-            figures = json.loads((source / RESULTS).read_text(encoding="utf-8"))
+            try:
+                figures = json.loads((source / RESULTS).read_text(encoding="utf-8"))
+                _figures(figures)
+            except (ValueError, TypeError, AttributeError, KeyError) as error:
+                logger.warning(f"{source / RESULTS} is not in the model card: {error}")
+                figures = None
         _write(file.parent, figures, name)
 
 

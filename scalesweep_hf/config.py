@@ -375,6 +375,7 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         del fields["dequantize"]  # said when loading, never of a checkpoint
         if self.quantized_modules is not None:  # a checkpoint, which tells nobody's paths
             fields["statistics"] = fields["resume_dir"] = None
+            fields["backend"] = "auto"  # whoever loads it has other devices
             fields["dataset"] = fields["dataset"] and source_name(fields["dataset"])
         fields["window"] = list(self.window) if isinstance(self.window, tuple) else self.window
         if self.modules_to_not_convert is not None:

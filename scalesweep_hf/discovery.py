@@ -50,8 +50,8 @@ def register_methods(auto: "Any") -> None:
 
 def register_model(models: "Any") -> None:
     """Add the model "scalesweep" to lm-eval, once its own models are there."""
-    registry = sys.modules["lm_eval.api.registry"].model_registry
-    if "scalesweep" not in registry:
+    registry = getattr(sys.modules.get("lm_eval.api.registry"), "model_registry", None)
+    if registry is not None and "scalesweep" not in registry:  # older versions have none
         registry.register("scalesweep", target="scalesweep_hf.evaluate.harness:ScaleSweepLM")
 
 
@@ -82,6 +82,10 @@ class Loader:
         """Keep the loader."""
         self._loader = loader
 
+    def __getattr__(self, name: str) -> "Any":
+        """Answer as the other loader in everything else."""
+        return getattr(self._loader, name)
+
     def create_module(self, spec: "ModuleSpec") -> "ModuleType | None":
         """Let the other loader create the module."""
         module: ModuleType | None = self._loader.create_module(spec)
@@ -101,9 +105,11 @@ class Finder:
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
         """Return the spec of the first finder behind this one that has one."""
-        if name not in FOLLOWERS:
+        if name not in FOLLOWERS or self not in sys.meta_path:
             return None
         for finder in sys.meta_path[sys.meta_path.index(self) + 1 :]:
+            if not hasattr(finder, "find_spec"):  # as importlib does
+                continue
             spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):

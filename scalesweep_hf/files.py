@@ -1,5 +1,6 @@
 """Write files and folders that appear under their name only when they are whole."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -53,7 +54,13 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         if folder.exists():
             folder.rmdir()
-        part.chmod(0o755)  # temporary folders are private
+        part.chmod(0o777 & ~_umask())  # temporary folders are private
         part.rename(folder)
     except OSError as error:
         raise OSError(f"all is written to {part}, which cannot become {folder}: {error}") from error
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask

@@ -124,6 +124,18 @@ def test_an_evaluation_without_figures_is_refused(model: Any, tmp_path: Path) ->
         write_card(tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"results": {}}', "[1]", "{"])
+def test_results_of_another_tool_stop_no_saving(
+    content: str, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.save_pretrained(tmp_path / "q")
+    (tmp_path / "q" / "README.md").unlink()
+    (tmp_path / "q" / "results.json").write_text(content)
+    load(tmp_path / "q").save_pretrained(tmp_path / "again")
+    assert "## Recipe" in card_of(tmp_path / "again").text
+    assert "results.json is not in the model card" in caplog.text
+
+
 def test_a_checkpoint_of_another_package_gets_no_card(
     random_model: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -38,7 +38,7 @@ FULL: dict[str, Any] = {
     "batch_size": 2,
     "statistics": None,
     "modules_to_not_convert": ["lm_head", "*.gate"],
-    "backend": "torch",
+    "backend": "auto",
     "packed_cache": False,
     "quantized_modules": ["layers.0.up_proj"],
     "shared_inputs": [["layers.0.up_proj", "layers.0.gate_proj"]],
@@ -78,6 +78,13 @@ def test_every_field_is_kept() -> None:
     written = ScaleSweepConfig(**FULL).to_dict()
     assert written == {**FULL, "window": [-5, 6], "quant_method": "scalesweep"}
     assert json.loads(json.dumps(written)) == written
+
+
+def test_a_checkpoint_leaves_the_backend_to_whoever_loads_it() -> None:
+    config = ScaleSweepConfig(**copy.deepcopy(FULL) | {"backend": "torch"})
+    assert config.to_dict()["backend"] == "auto"
+    config.quantized_modules = None
+    assert config.to_dict()["backend"] == "torch"
 
 
 def test_to_dict_shares_nothing_with_the_config() -> None:
@@ -317,7 +324,7 @@ def test_calibration_is_needed_for_activations_and_weighted_weights(
 def test_loading_attributes_are_what_a_reload_may_change() -> None:
     config = ScaleSweepConfig(backend="torch", dequantize=True, packed_cache=False)
     assert config.get_loading_attributes() == {
-        "backend": "torch",
+        "backend": "auto",
         "packed_cache": False,
         "dequantize": True,
     }

@@ -232,11 +232,14 @@ def test_finders_behind_ours_are_asked_in_their_order(monkeypatch: pytest.Monkey
             asked.append(self.name)
 
     ours = discovery.Finder()
-    monkeypatch.setattr(sys, "meta_path", [Recorder("front"), ours, Recorder("a"), Recorder("b")])
+    behind = [Recorder("a"), object(), Recorder("b")]  # one that is no finder, as of old
+    monkeypatch.setattr(sys, "meta_path", [Recorder("front"), ours, *behind])
     monkeypatch.setitem(discovery.FOLLOWERS, "nowhere_module", lambda module: None)
     assert ours.find_spec("nowhere_module") is None
     assert ours.find_spec("json") is None
     assert asked == ["a", "b"]
+    monkeypatch.setattr(sys, "meta_path", behind)
+    assert ours.find_spec("nowhere_module") is None
 
 
 def test_threads_that_import_at_once_follow_once(

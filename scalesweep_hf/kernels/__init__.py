@@ -3,8 +3,11 @@
 import importlib
 import importlib.util
 import platform
+import warnings
 
 import torch
+
+from scalesweep_hf.ops.blocks import BACKENDS as _BACKENDS
 
 BACKENDS = ("auto", "torch", "triton", "numba")
 HAS_TRITON = torch.backends.cuda.is_built() and importlib.util.find_spec("triton") is not None
@@ -18,7 +21,18 @@ HAS_NUMBA = HAS_FMA and importlib.util.find_spec("numba") is not None
 if HAS_NUMBA:
     importlib.import_module("scalesweep_hf.kernels.cpu")
 if HAS_TRITON:
-    importlib.import_module("scalesweep_hf.kernels.blocks")
+    try:
+        importlib.import_module("scalesweep_hf.kernels.blocks")
+    except (ImportError, AttributeError, OSError, RuntimeError) as error:
+        HAS_TRITON = False
+        warnings.warn(
+            f"triton does not work here ({error}); CUDA tensors take slower torch operations with "
+            "the same bits: repair or remove triton",
+            stacklevel=2,
+        )
+# A module that was pickled where there was another backend works here too.
+for _name in ("numba", "triton"):
+    _BACKENDS.setdefault(_name, _BACKENDS["torch"])
 
 
 def resolve(name: str) -> str:

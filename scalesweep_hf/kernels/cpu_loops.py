@@ -6,6 +6,8 @@ compiled is in this file, because numba's cache looks for changes in one file al
 throughout; nothing is fused but by `fma`.
 """
 
+import zlib
+
 import numba
 import numpy as np
 from llvmlite import ir
@@ -36,6 +38,20 @@ FAR = f32(FAR_FLOAT)
 SMALLEST_SCALE = f32(2.0**-9)
 UP = np.array(UP_SUBNORMAL + UP_NORMAL * 15, i32)  # by code
 DOWN = np.array(DOWN_SUBNORMAL + DOWN_NORMAL * 14 + DOWN_TOP, i32)
+# numba's cache notices changes of this file alone; what it compiles from others has this checksum.
+CHECKSUM = 3817993531
+_IMPORTED = (
+    UP.tolist(),
+    DOWN.tolist(),
+    UP_MAX,
+    DOWN_MAX,
+    DOWN_WEIGHTED,
+    LAST_ODD,
+    BLOCK,
+    FAR_FLOAT,
+)
+if zlib.crc32(repr(_IMPORTED).encode()) != CHECKSUM:
+    raise RuntimeError("window tables have changed: update CHECKSUM, or numba runs the old ones")
 
 
 def _compiled(function):

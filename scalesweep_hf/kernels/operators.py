@@ -51,6 +51,9 @@ class Kernels:
         self._encode_operator.register_fake(_empty_parts)
         self._round_operator.register_fake(_empty_values)
         self._decode_operator.register_fake(_empty_decoded)
+        # Rounding has a gradient of zero, in training as in graphs.
+        self._encode_operator.register_autograd(_no_gradient)
+        self._round_operator.register_autograd(_no_gradient)
 
     def backend(self) -> Backend:
         """Return the three functions."""
@@ -94,14 +97,21 @@ class Kernels:
 
     def decode_blocks(self, packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Twin of `scalesweep_hf.ops.blocks.decode_blocks`."""
-        if not self._runs_on(packed) or dtype not in DTYPES:
+        if not self._sees(packed) or dtype not in DTYPES:
             return self._fallback.decode_blocks(packed, block_scale, dtype)
         run = self._decode_operator if torch.compiler.is_compiling() else self._decode_now
         values: Tensor = run(packed, block_scale, dtype)
         return values
 
     def _takes(self, x: Tensor, objective: str) -> bool:
-        return self._runs_on(x) and x.dtype in DTYPES and not OBJECTIVES[objective].coupled
+        return self._sees(x) and x.dtype in DTYPES and not OBJECTIVES[objective].coupled
+
+    def _sees(self, x: Tensor) -> bool:
+        """Whether x is here and has memory; traces and fake tensors follow the definition."""
+        if torch.compiler.is_compiling():
+            return self._runs_on(x)
+        real = type(x) in (Tensor, torch.nn.Parameter) and not torch._C._get_tracing_state()
+        return real and self._runs_on(x)
 
     def _encode_now(
         self,
@@ -115,6 +125,8 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         packed, scale = _empty_parts(x)
         if x.numel():
+            tensor_scale = _beside(x, tensor_scale)
+            importance = None if importance is None else _beside(x, importance)
             self._quantize(x, tensor_scale, importance, objective, window, low, high, packed, scale)
         return packed, scale
 
@@ -130,6 +142,8 @@ class Kernels:
     ) -> Tensor:
         values = _empty_values(x)
         if x.numel():
+            tensor_scale = _beside(x, tensor_scale)
+            importance = None if importance is None else _beside(x, importance)
             self._quantize(x, tensor_scale, importance, objective, window, low, high, values, None)
         return values
 
@@ -138,6 +152,14 @@ class Kernels:
         if packed.numel():
             self._decode(packed, block_scale, values)
         return values
+
+
+def _beside(x: Tensor, other: Tensor) -> Tensor:
+    return other.detach().to(device=x.device, dtype=torch.float32)
+
+
+def _no_gradient(context: object, *gradients: Tensor) -> tuple[None, ...]:
+    return (None,) * 7
 
 
 def _empty_parts(x: Tensor, *args: object) -> tuple[Tensor, Tensor]:

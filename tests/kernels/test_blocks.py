@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from scalesweep_hf import kernels
 from scalesweep_hf.modules.linear import (
     LinearRecipe,
     NVFP4Linear,
@@ -157,10 +159,7 @@ def test_the_neighbours_of_every_midpoint_stay_on_their_side() -> None:
             assert Fraction(float(below)) * inverse < midpoint < Fraction(float(above)) * inverse
 
 
-@pytest.mark.parametrize("activations", [None, "wmse"])
-def test_graphs_hold_kernels_as_operators(
-    backend: str, activations: str | None, device: str
-) -> None:
+def packed_linear(activations: str | None, device: str) -> NVFP4Linear:
     recipe = LinearRecipe("wmse", activations, "bounded")
     module = NVFP4Linear.from_linear(nn.Linear(64, 32).to(device, torch.bfloat16), recipe)
     absmax, square = torch.tensor(4.0), torch.rand(64, device=device)
@@ -168,6 +167,14 @@ def test_graphs_hold_kernels_as_operators(
         quantize_group([module], [module.weight], input_absmax=absmax, input_square=square)[0]
     )
     share_input_importance([module])
+    return module
+
+
+@pytest.mark.parametrize("activations", [None, "wmse"])
+def test_graphs_hold_kernels_as_operators(
+    backend: str, activations: str | None, device: str
+) -> None:
+    module = packed_linear(activations, device)
     x = torch.randn(5, 64).to(device, torch.bfloat16)
     module.backend = "torch"
     expected = module(x)
@@ -176,6 +183,35 @@ def test_graphs_hold_kernels_as_operators(
     compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), expected)
+
+
+def test_graphs_with_gradients_have_none_through_rounding(backend: str, device: str) -> None:
+    module = packed_linear("wmse", device)
+    module.backend = backend
+    torch.compiler.reset()
+    compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x = torch.randn(5, 64).to(device, torch.bfloat16).requires_grad_()
+    compiled(x).float().sum().backward()
+    assert x.grad is None or not x.grad.any()
+    assert module.bias.grad is not None
+
+
+def test_every_backend_has_an_implementation_wherever_it_is_unpickled() -> None:
+    assert set(BACKENDS) == set(kernels.BACKENDS) - {"auto"}
+
+
+def test_importance_of_another_dtype_and_fake_tensors_are_taken(twin: Backend, device: str) -> None:
+    x, importance = hard_rows(32).to(device), importances(32, 1)["shared"].to(device)
+    options: dict[str, Any] = {"objective": "wmse", "importance": importance}
+    expected = twin.round_blocks(x, ONE.to(device), **options)
+    options["importance"] = importance.double()
+    assert same(twin.round_blocks(x, ONE.to(device), **options), expected)
+    with FakeTensorMode():
+        fake = torch.empty(4, 32, device=device)
+        assert twin.round_blocks(fake, torch.ones((), device=device), objective="mse").shape == (
+            4,
+            32,
+        )
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (1, 16), (63, 16), (65, 48), (2, 3, 129 * 16)])
