@@ -324,7 +324,7 @@ def test_calibration_is_needed_for_activations_and_weighted_weights(
 def test_loading_attributes_are_what_a_reload_may_change() -> None:
     config = ScaleSweepConfig(backend="torch", dequantize=True, packed_cache=False)
     assert config.get_loading_attributes() == {
-        "backend": "auto",
+        "backend": "torch",
         "packed_cache": False,
         "dequantize": True,
     }
