@@ -8,11 +8,13 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from scalesweep_hf.ops import blocks
+
 # Triton's interpreter runs kernels on a CPU; its fused multiply-add rounds twice.
 INTERPRETED = knobs.runtime.interpret
 FUSED = tl.constexpr(not INTERPRETED)
 ALL = tl.constexpr(tl.PropagateNan.ALL)
-FAR = tl.constexpr(2.0**20)  # scalesweep_hf.ops.blocks.FAR
+FAR = tl.constexpr(blocks.FAR)
 
 
 @triton.jit
