@@ -1,6 +1,7 @@
 """What every backend shares: a fallback to another one, and operators for graphs to hold."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,10 +125,7 @@ class Kernels:
         high: int,
     ) -> tuple[Tensor, Tensor]:
         packed, scale = _empty_parts(x)
-        if x.numel():
-            tensor_scale = _beside(x, tensor_scale)
-            importance = None if importance is None else _beside(x, importance)
-            self._quantize(x, tensor_scale, importance, objective, window, low, high, packed, scale)
+        self._fill(x, tensor_scale, importance, objective, window, low, high, packed, scale)
         return packed, scale
 
     def _round_now(
@@ -141,11 +139,13 @@ class Kernels:
         high: int,
     ) -> Tensor:
         values = _empty_values(x)
-        if x.numel():
-            tensor_scale = _beside(x, tensor_scale)
-            importance = None if importance is None else _beside(x, importance)
-            self._quantize(x, tensor_scale, importance, objective, window, low, high, values, None)
+        self._fill(x, tensor_scale, importance, objective, window, low, high, values, None)
         return values
+
+    def _fill(self, x: Tensor, tensor_scale: Tensor, importance: Tensor | None, *rest: Any) -> None:
+        if x.numel():
+            weight = None if importance is None else _beside(x, importance)
+            self._quantize(x, _beside(x, tensor_scale), weight, *rest)
 
     def _decode_now(self, packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
         values = _empty_decoded(packed, block_scale, dtype)
