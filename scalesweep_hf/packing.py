@@ -1,7 +1,8 @@
 """Quantize the Linears of a model group by group: as their weights arrive, or all at once."""
 
+import functools
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,18 @@ from scalesweep_hf.ops.gptq_plus import block_order
 from scalesweep_hf.targets import linears
 
 logger = logging.get_logger(__name__)
+
+
+# Where weights are swept, if not on the CPU. (MPS has no float8_e4m3fn.)
+ACCELERATORS = ("cuda", "xpu")
+
+
+def sweep_device() -> torch.device | None:
+    """Return the accelerator on which weights are quantized; None where there is none."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    if device is None or device.type not in ACCELERATORS:
+        return None
+    return torch.device(device.type, torch.accelerator.current_device_index())
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,8 @@ class GroupPacker:
         modules = linears(model)
         for group in self.groups:
             members = [modules[name] for name in group]
+            if not any(module.weighs_input for module in members):
+                continue
             with ExitStack() as stack:
                 for module in members:
                     stack.enter_context(align_module_device(module))
@@ -106,9 +121,10 @@ class GroupPacker:
     def _quantize(
         self, model: PreTrainedModel, group: Sequence[str], weights: Sequence[Tensor]
     ) -> list[dict[str, Tensor]]:
+        """Return packed tensors per member, each where its weight is."""
         name = canonical_name(model, group[0])
         seen = None if self.statistics is None else self.statistics[name]
-        home = weights[0].device
+        homes = [weight.device for weight in weights]
         try:
             rounding = None
             if self._gptq is not None:
@@ -117,17 +133,50 @@ class GroupPacker:
                 weights = [weight.to(seen.hessian.device) for weight in weights]
                 rounding, weights = self._rounding(", ".join(group), seen, weights)
                 seen = self._forget_hessian(model, group)
-            results = quantize_group(
+            quantize = functools.partial(
+                quantize_group,
                 [model.get_submodule(member) for member in group],
-                weights,
                 input_absmax=None if seen is None else seen.absmax,
                 input_square=None if seen is None else seen.square,
                 local_hessian=None if seen is None else seen.local_hessian,
                 rounding=rounding,
             )
+            results = None
+            if rounding is None and all(home.type == "cpu" for home in homes):
+                results = self._quantize_elsewhere(model, group, weights, quantize)
+            results = results or quantize(weights)
         except ValueError as error:
             raise ValueError(f"{', '.join(group)}: {error}") from error
-        return [{part: t.to(home) for part, t in tensors.items()} for tensors in results]
+        return [
+            {part: tensor.to(home) for part, tensor in tensors.items()}
+            for home, tensors in zip(homes, results, strict=True)
+        ]
+
+    def _quantize_elsewhere(
+        self,
+        model: PreTrainedModel,
+        group: Sequence[str],
+        weights: Sequence[Tensor],
+        quantize: Callable[[list[Tensor]], list[dict[str, Tensor]]],
+    ) -> list[dict[str, Tensor]] | None:
+        """Quantize weights of the CPU on the accelerator, to the same bits.
+
+        Returns:
+            The packed tensors, on the accelerator; None where there is none, where its memory does
+            not suffice, or where the user has asked for the CPU's own loops.
+        """
+        device = sweep_device()
+        loops = any(model.get_submodule(name).recipe.backend == "numba" for name in group)
+        if device is None or loops:
+            return None
+        try:
+            return quantize([weight.to(device) for weight in weights])
+        except torch.OutOfMemoryError:
+            logger.warning_once(
+                f"{device} has too little free memory to quantize {', '.join(group)}, whose "
+                "weights are on the CPU: quantizing on the CPU instead, to the same bits."
+            )
+            return None
 
     def _rounding(
         self, names: str, seen: InputStatistics, weights: list[Tensor]

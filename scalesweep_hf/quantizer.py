@@ -31,7 +31,7 @@ from scalesweep_hf.config import METHOD, ScaleSweepConfig
 from scalesweep_hf.modelopt import forget_converters, packed_modules, state_converters
 from scalesweep_hf.modules import LinearRecipe, NVFP4Linear
 from scalesweep_hf.names import canonical_name, hub_id, matches
-from scalesweep_hf.packing import GPTQ, GroupPacker
+from scalesweep_hf.packing import GPTQ, GroupPacker, sweep_device
 from scalesweep_hf.states import (
     accept_states,
     check_state_statistics,
@@ -111,14 +111,12 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_device_map(self, device_map: Any) -> Any:
         """Default to the accelerator, where there is one: sweeps on a CPU are slow."""
-        if device_map is not None or self.pre_quantized or not torch.accelerator.is_available():
+        if device_map is not None or self.pre_quantized or (device := sweep_device()) is None:
             return device_map
-        device = torch.accelerator.current_accelerator()
-        assert device is not None
         logger.info(
             f"No device_map was given: quantizing on {device}. Pass one to choose otherwise."
         )
-        return {"": torch.device(device.type, torch.accelerator.current_device_index())}
+        return {"": device}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any

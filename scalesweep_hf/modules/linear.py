@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from scalesweep_hf.kernels import resolve
 from scalesweep_hf.modules.rounding import HessianRounding
 from scalesweep_hf.ops.linear import linear, quantized_linear
-from scalesweep_hf.ops.nvfp4 import NVFP4Tensor, compute_tensor_scale, dequantize, quantize
+from scalesweep_hf.ops.nvfp4 import (
+    NVFP4Tensor,
+    compute_tensor_scale,
+    dequantize,
+    largest_magnitude,
+    quantize,
+)
 from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.ops.sweep import BLOCK, Window
 
@@ -235,7 +241,7 @@ def quantize_group(
     """
     # The smallest range of the group leaves every member the headroom that its objective needs.
     widest = min((m.recipe.weights for m in modules), key=lambda name: OBJECTIVES[name].scale_range)
-    amax = torch.stack([weight.abs().amax().float().cpu() for weight in weights]).amax()
+    amax = torch.stack([largest_magnitude(weight).cpu() for weight in weights]).amax()
     if not torch.isfinite(amax):
         raise ValueError(f"max|weight| is {amax.item()}: NVFP4 has no NaN or infinity")
     weight_scale_2 = compute_tensor_scale(amax, widest)
@@ -310,18 +316,22 @@ def share_input_importance(modules: Sequence[NVFP4Linear]) -> None:
         return
     columns: Any = 0
     for module in modules:
-        columns = columns + column_squares(module.quantized_weight())  # [K]
+        columns = columns + column_squares(module.quantized_weight(), module.backend)  # [K]
     for module in modules:
         module.input_importance = columns.to(torch.float32)
 
 
-def column_squares(weight: NVFP4Tensor) -> Tensor:
+def column_squares(weight: NVFP4Tensor, backend: str = "torch") -> Tensor:
     """Sum the squares of every column of a packed weight [N, K], in units of S squared.
+
+    Args:
+        weight: on any device.
+        backend: decodes it.
 
     Returns:
         [K] float64; the products and nearly always the sums are exact.
     """
     total: Any = 0
     for _, rows in weight.row_chunks():
-        total = total + rows.values(torch.float32).square().sum(0, dtype=torch.float64)
+        total = total + rows.values(torch.float32, backend).square().double().sum(0)
     return torch.as_tensor(total)

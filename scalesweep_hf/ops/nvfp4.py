@@ -136,6 +136,14 @@ def compute_tensor_scale(amax: Tensor, objective: str) -> Tensor:
     return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
+def largest_magnitude(x: Tensor) -> Tensor:
+    """Return max|x| as [] float32 on x's device; 0 of nothing, NaN where x has one."""
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float32)
+    low, high = x.detach().aminmax()  # one pass, no temporary
+    return torch.maximum(-low, high).to(torch.float32)
+
+
 def _check_blocks(x: Tensor) -> None:
     if not x.is_floating_point():
         raise ValueError(f"x has dtype {x.dtype}; expected a floating dtype")
@@ -147,9 +155,7 @@ def _check_blocks(x: Tensor) -> None:
 
 
 def _checked_amax(x: Tensor) -> Tensor:
-    x = x.detach()
-    amax = torch.maximum(x.amax(), -x.amin()) if x.numel() else x.new_zeros(())
-    amax = amax.to(torch.float32)
+    amax = largest_magnitude(x)
     if not torch.isfinite(amax):
         raise ValueError(
             f"x has max|x| = {amax.item()} in float32; NVFP4 has no NaN or infinity: clean x first"
