@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,8 @@ WAYS = {
     "offloaded": "mse on the fly, weights on the CPU",
     "wmse": "calibrated, then wmse",
 }
+HEAD = """| load | seconds | peak GPU memory, GB | peak RSS, GB | parameters, GB |
+|---|---|---|---|---|"""
 GB = 1e9
 
 
@@ -73,13 +77,16 @@ def main() -> None:
         print(json.dumps(measure(way, folder, args)))
         return
     shape = LlamaConfig(**SHAPES[args.shape], max_position_embeddings=args.length)
-    with tempfile.TemporaryDirectory(dir=roomy_folder(shape)) as folder:
+    with checkpoint_folder(shape, args.folder) as folder:
         seconds = save_random(shape, folder, args.device)
-        where = f"made in {seconds:.1f} s in {Path(folder).parent}"
+        where = f"written to {folder} in {seconds:.1f} s"
         print(f"{device_name(args.device)}; {args.shape} shape {where}", flush=True)
         ways = [way for way in args.ways if way != "offloaded" or args.device != "cpu"]
-        results = [run_worker(way, folder) for way in ways for _ in range(args.repeats)]
-    report(results)
+        print(HEAD)
+        results = []
+        for way in (way for way in ways for _ in range(args.repeats)):
+            results.append(run_worker(way, folder))
+            report(results[-1])
     if args.output is not None:
         packages = (scalesweep_hf, torch, transformers)
         about = {
@@ -100,17 +107,24 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048, help="tokens a row")
     parser.add_argument("--repeats", type=int, default=1, help="loads of each kind")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--folder", default=None, help="write the checkpoint here and keep it")
     parser.add_argument("--output", type=Path, default=None, help="JSON file")
     parser.add_argument("--worker", nargs=2, default=None, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def roomy_folder(shape: LlamaConfig) -> str | None:
-    """Return a folder in memory that holds the checkpoint, if there is one."""
-    memory = Path("/dev/shm")
+@contextmanager
+def checkpoint_folder(shape: LlamaConfig, folder: str | None) -> Iterator[str]:
+    """Yield where the checkpoint goes: that folder, or a temporary one, in memory if it fits."""
+    if folder is not None:
+        yield folder
+        return
     with torch.device("meta"):
         size = 2 * sum(p.numel() for p in LlamaForCausalLM(shape).parameters())
-    return str(memory) if memory.is_dir() and shutil.disk_usage(memory).free > size else None
+    memory = Path("/dev/shm")
+    fits = memory.is_dir() and shutil.disk_usage(memory).free > size
+    with tempfile.TemporaryDirectory(dir=memory if fits else None) as temporary:
+        yield temporary
 
 
 def save_random(shape: LlamaConfig, folder: str, device: str) -> float:
@@ -125,6 +139,9 @@ def save_random(shape: LlamaConfig, folder: str, device: str) -> float:
     finally:
         torch.set_default_dtype(default)
     model.save_pretrained(folder, max_shard_size="5GB")
+    del model
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return time.perf_counter() - start
 
 
@@ -168,16 +185,14 @@ def measure(way: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def report(results: list[dict[str, Any]]) -> None:
-    """Print the table."""
-    print("| load | seconds | peak GPU memory, GB | peak RSS, GB | parameters, GB |")
-    print("|---|---|---|---|---|")
-    for result in results:
-        peak = "" if result["gpu_bytes"] is None else f"{result['gpu_bytes'] / GB:.2f}"
-        print(
-            f"| {WAYS[result['what']]} | {result['seconds']:.2f} | {peak} "
-            f"| {result['resident_bytes'] / GB:.2f} | {result['parameter_bytes'] / GB:.2f} |"
-        )
+def report(result: dict[str, Any]) -> None:
+    """Print a row of the table."""
+    peak = "" if result["gpu_bytes"] is None else f"{result['gpu_bytes'] / GB:.2f}"
+    print(
+        f"| {WAYS[result['what']]} | {result['seconds']:.2f} | {peak} "
+        f"| {result['resident_bytes'] / GB:.2f} | {result['parameter_bytes'] / GB:.2f} |",
+        flush=True,
+    )
 
 
 def device_name(device: str) -> str:
