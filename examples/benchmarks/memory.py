@@ -7,6 +7,7 @@ Each load runs in a process of its own; the figure is the process's peak residen
 """
 
 import argparse
+import os
 import subprocess
 import sys
 
@@ -40,7 +41,8 @@ def main() -> None:
     baseline = 0.0
     for way in ("bf16", "absmax", "mse"):
         command = [sys.executable, "-c", SCRIPT, model, way]
-        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # weights would be swept there
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=hidden)
         kilobytes, size = (int(word) for word in result.stdout.split()[-2:])
         peak = kilobytes * 1024 / 1e6
         baseline = baseline or peak
