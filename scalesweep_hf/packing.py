@@ -21,6 +21,7 @@ from scalesweep_hf.modules.rounding import HessianRounding, shift_weights
 from scalesweep_hf.names import canonical_name
 from scalesweep_hf.ops.gptq import factorize
 from scalesweep_hf.ops.gptq_plus import block_order
+from scalesweep_hf.staging import carry
 from scalesweep_hf.targets import linears
 
 logger = logging.get_logger(__name__)
@@ -162,15 +163,16 @@ class GroupPacker:
         """Quantize weights of the CPU on the accelerator, to the same bits.
 
         Returns:
-            The packed tensors, on the accelerator; None where there is none, where its memory does
-            not suffice, or where the user has asked for the CPU's own loops.
+            The packed tensors, on the CPU; None where there is no accelerator, where its memory
+            does not suffice, or where the user has asked for the CPU's own loops.
         """
-        device = sweep_device()
+        device, home = sweep_device(), torch.device("cpu")
         loops = any(model.get_submodule(name).recipe.backend == "numba" for name in group)
         if device is None or loops:
             return None
         try:
-            return quantize([weight.to(device) for weight in weights])
+            results = quantize([carry(weight, device) for weight in weights])
+            return [{part: carry(t, home) for part, t in tensors.items()} for tensors in results]
         except torch.OutOfMemoryError:
             logger.warning_once(
                 f"{device} has too little free memory to quantize {', '.join(group)}, whose "
