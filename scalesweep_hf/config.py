@@ -78,8 +78,8 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
             routers and non-text towers; "!pattern" quantizes what would be left, for example
             "!lm_head".
         backend: "torch", or with the same bits "triton", kernels for CUDA devices, and "numba",
-            loops for CPUs; "auto" takes them where they run. May differ when a saved checkpoint is
-            loaded.
+            loops for CPUs, which also keeps weights there that are there; "auto" takes them where
+            they run. May differ when a saved checkpoint is loaded.
         packed_cache: with quantized keys and values, ``generate`` stores them packed, at 4.5 bits
             per element, unless given a cache; False keeps Transformers' own cache, with the same
             results. May differ when a saved checkpoint is loaded.
