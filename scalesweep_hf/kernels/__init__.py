@@ -1,4 +1,4 @@
-"""Fast twins of `scalesweep_hf.ops.blocks`: the same functions, the same bits."""
+"""Fast twins of `ops.blocks`, with the same bits, and of `ops.attention`, to rounding."""
 
 import importlib
 import importlib.util
@@ -7,6 +7,7 @@ import warnings
 
 import torch
 
+from scalesweep_hf.ops.attention import ATTENTION as _ATTENTION
 from scalesweep_hf.ops.blocks import BACKENDS as _BACKENDS
 
 BACKENDS = ("auto", "torch", "triton", "numba")
@@ -17,12 +18,13 @@ HAS_FMA = platform.machine() in ("aarch64", "arm64") or (
 )
 HAS_NUMBA = HAS_FMA and importlib.util.find_spec("numba") is not None
 
-# Each adds itself to scalesweep_hf.ops.blocks.BACKENDS; Triton's hands CPU tensors on to numba's.
+# Each adds itself to the tables in scalesweep_hf.ops; Triton's hands CPU tensors on to numba's.
 if HAS_NUMBA:
     importlib.import_module("scalesweep_hf.kernels.cpu")
 if HAS_TRITON:
     try:
         importlib.import_module("scalesweep_hf.kernels.blocks")
+        importlib.import_module("scalesweep_hf.kernels.attention")
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         HAS_TRITON = False
         warnings.warn(
@@ -33,6 +35,7 @@ if HAS_TRITON:
 # A module that was pickled where there was another backend works here too.
 for _name in ("numba", "triton"):
     _BACKENDS.setdefault(_name, _BACKENDS["torch"])
+    _ATTENTION.setdefault(_name, _ATTENTION["torch"])
 
 
 def resolve(name: str) -> str:

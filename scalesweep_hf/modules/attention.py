@@ -12,11 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from scalesweep_hf.kernels import resolve
 from scalesweep_hf.modules.cache import PackedLayer
 from scalesweep_hf.modules.linear import NVFP4Linear, column_squares, keep_bits
+from scalesweep_hf.modules.lookup import wrap_lookup
 from scalesweep_hf.ops.kv import StateCodec
 from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.ops.sweep import Window
@@ -66,6 +66,13 @@ class AttentionStates:
     backend: str
     observer: StateObserver | None = None
 
+    def take_query(self, module: nn.Module, query: Tensor) -> Tensor:
+        """Observe and quantize queries [B, Hq, T, D] of the module that this belongs to."""
+        if self.observer is not None:
+            self.observer.observe("queries", query)
+        query_codec = codec(module, "queries")
+        return query_codec.round(query) if query_codec else query
+
 
 class CacheProxy:
     """Stands in for a module's cache, or for its absence, during one forward pass."""
@@ -111,7 +118,7 @@ class CacheProxy:
 
 def attach(module: nn.Module, recipe: StateRecipe) -> None:
     """Hook an attention module; it computes as before until its scales are set (`set_states`)."""
-    quantize_queries_at_lookup()
+    wrap_lookup()
     handle = module.register_forward_pre_hook(_wrap_cache, with_kwargs=True)
     module.nvfp4_states = AttentionStates(recipe, handle, resolve(recipe.backend))  # type: ignore[assignment]
     for name in PARAMETERS:
@@ -184,36 +191,6 @@ def codec(module: nn.Module, kind: str) -> StateCodec | None:
     importance = getattr(module, f"{letter}_importance") if states.recipe.weighs(kind) else None
     recipe = states.recipe
     return StateCodec(scale, getattr(recipe, kind), importance, recipe.window, states.backend)
-
-
-def quantize_queries_at_lookup() -> None:
-    """Make Transformers' attention functions see quantized queries; safe to repeat.
-
-    This stays for the rest of the process. Only modules that `attach` has hooked are affected, and
-    the function that is looked up stays the one that the model's ``_attn_implementation`` names.
-    """
-    original = AttentionInterface.get_interface
-    if getattr(original, "quantizes_queries", False):
-        return
-
-    @functools.wraps(original)
-    def get_interface(self: Any, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        return functools.partial(_attend, original(self, name, default))
-
-    get_interface.quantizes_queries = True  # type: ignore[attr-defined]
-    AttentionInterface.get_interface = get_interface
-
-
-def _attend(
-    attention: Callable[..., Any], module: nn.Module, query: Tensor, *args: Any, **kwargs: Any
-) -> Any:
-    states: AttentionStates | None = getattr(module, "nvfp4_states", None)
-    if states is not None:
-        if states.observer is not None:
-            states.observer.observe("queries", query)
-        query_codec = codec(module, "queries")
-        query = query_codec.round(query) if query_codec else query
-    return attention(module, query, *args, **kwargs)
 
 
 def _wrap_cache(

@@ -19,7 +19,12 @@ from transformers.cache_utils import (
 )
 
 from scalesweep_hf.kernels import resolve
+from scalesweep_hf.modules.lookup import wrap_lookup
+from scalesweep_hf.modules.packed import PackedStates
 from scalesweep_hf.ops.kv import StateCodec, packed_size
+
+# New tokens up to which attention can read packed rows: those of decoding, not of a prompt.
+FEW = 8
 
 
 class PackedLayer:
@@ -28,6 +33,7 @@ class PackedLayer:
     key_codec: StateCodec | None = None
     value_codec: StateCodec | None = None
     calibrated = False
+    reaches_attention = False  # whether what `update` returns was seen to reach attention as it is
     backend: str
 
     def use(self, key_codec: StateCodec, value_codec: StateCodec) -> None:
@@ -37,6 +43,7 @@ class PackedLayer:
     def reset(self) -> None:
         """Forget all states, and codecs that were made from them."""
         super().reset()  # type: ignore[misc]
+        self.reaches_attention = False
         if not self.calibrated:
             self.key_codec = self.value_codec = None
 
@@ -46,7 +53,7 @@ class PackedLayer:
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Any, Any]:
         """Quantize new states once, store them, and return all states that attention may see.
 
         Args:
@@ -56,7 +63,8 @@ class PackedLayer:
             kwargs: passed on.
 
         Returns:
-            Keys and values [B, H, all tokens, D], dequantized, in the dtypes given.
+            Keys and values [B, H, all tokens, D] in the dtypes given: decoded, or for a few tokens,
+            once decoded ones were seen to reach attention, as `PackedStates`.
 
         Raises:
             ValueError: D is not a multiple of 16, or without calibrated codecs the first states are
@@ -70,10 +78,22 @@ class PackedLayer:
         keys, values = super().update(  # type: ignore[misc]
             self.key_codec.pack(key_states), self.value_codec.pack(value_states), *args, **kwargs
         )
-        return (
-            self.key_codec.unpack(keys, key_states.dtype),
-            self.value_codec.unpack(values, value_states.dtype),
+        length = self.filled()
+        packed = (
+            PackedStates(keys, self.key_codec, key_states.dtype, length),
+            PackedStates(values, self.value_codec, value_states.dtype, length),
         )
+        if self.reaches_attention and key_states.shape[-2] <= FEW:
+            return packed
+        decoded = packed[0].decoded(), packed[1].decoded()
+        if not torch.compiler.is_compiling():
+            for states in decoded:
+                states.packed_layer = self  # type: ignore[attr-defined]
+        return decoded
+
+    def filled(self) -> Tensor | None:
+        """Return how many tokens are filled, [] integer, where storage has room for more."""
+        return None
 
 
 class PackedDynamicLayer(PackedLayer, DynamicLayer):  # type: ignore[misc]
@@ -86,6 +106,11 @@ class PackedSlidingLayer(PackedLayer, DynamicSlidingWindowLayer):  # type: ignor
 
 class PackedStaticLayer(PackedLayer, StaticLayer):  # type: ignore[misc]
     """Allocated at once, for compilation."""
+
+    def filled(self) -> Tensor | None:
+        """Return the tokens so far, on the device."""
+        length: Tensor = self.cumulative_length
+        return length
 
 
 class PackedStaticSlidingLayer(PackedLayer, StaticSlidingWindowLayer):  # type: ignore[misc]
@@ -118,6 +143,7 @@ def pack_cache(cache: Cache, only: Collection[int] | None = None) -> Cache:
         ValueError: there are no layers yet, one already holds states, or one that is to be packed
             is of a kind that cannot.
     """
+    wrap_lookup()
     if not cache.layers:
         raise ValueError("the cache has no layers yet: make it with config=model.config")
     for index, layer in enumerate(cache.layers):

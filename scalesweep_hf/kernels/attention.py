@@ -1,0 +1,199 @@
+"""Triton twin of `scalesweep_hf.ops.attention`: see `attention_kernel` for how."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from scalesweep_hf.kernels.attention_kernel import JOINED_WIDTH, join_kernel, kernel
+from scalesweep_hf.kernels.numbers import INTERPRETED
+from scalesweep_hf.ops.attention import ATTENTION, Attention
+
+# Tokens at a time for rows and head_dim up to these, and registers per thread: with 128, 16 warps
+# share a multiprocessor. One warp per program needs no barriers.
+TILES = (((8, 128), (32, 128)), ((16, 128), (32, None)), ((32, 256), (16, None)))
+OPTIONS: dict[str, Any] = {"num_warps": 1, "num_stages": 1}
+# Parts are made until this many programs run on a multiprocessor, or until a part has no more than
+# this many tokens.
+PROGRAMS = 16
+LEAST = 64
+# How many elements of keys are multiplied at a time, for each unit of loading: as many as four
+# threads hold, so that loading has the layout of the product.
+WIDTHS = {8: 64, 4: 32}
+# The rows that a program can take: its accumulator is [head_dim, rows].
+MOST_ROWS, MOST_DIM = TILES[-1][0]
+MOST_SPLITS = 512
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+def attend(
+    query: Tensor,
+    key_rows: Tensor,
+    value_rows: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    length: Tensor | None,
+) -> Tensor:
+    """Twin of `scalesweep_hf.ops.attention.attend`, to rounding.
+
+    Beside float32 sums in another order, each weight of the softmax is rounded by at most 2**-11 of
+    itself or 2**-40 of the largest.
+    """
+    if not takes(query, key_rows):
+        return ATTENTION["torch"].attend(
+            query, key_rows, value_rows, key_scale, value_scale, scaling, mask, length
+        )
+    run = _operator if torch.compiler.is_compiling() else _attend
+    result: Tensor = run(
+        query, key_rows, value_rows, key_scale, value_scale, scaling, mask, length
+    )
+    return result
+
+
+def takes(query: Tensor, key_rows: Tensor) -> bool:
+    """Whether the kernel computes this: on a GPU, 16-bit queries, few rows, no gradient."""
+    rows = query.shape[1] // key_rows.shape[1] * query.shape[2]
+    small = rows <= MOST_ROWS and query.shape[3] <= MOST_DIM
+    gradient = torch.is_grad_enabled() and query.requires_grad
+    real = torch.compiler.is_compiling() or (
+        type(query) is Tensor and not torch._C._get_tracing_state()
+    )
+    there = INTERPRETED or (query.is_cuda and torch.version.hip is None)  # it has PTX
+    return real and there and small and not gradient and query.dtype in DTYPES
+
+
+def _attend(
+    query: Tensor,
+    key_rows: Tensor,
+    value_rows: Tensor,
+    key_scale: Tensor,
+    value_scale: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    length: Tensor | None,
+) -> Tensor:
+    batch, query_heads, t, dim = query.shape
+    heads, tokens = key_rows.shape[1:3]
+    group = query_heads // heads
+    result = query.new_empty(batch, t, query_heads, dim)
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key_rows, value_rows = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (key_rows, value_rows)
+    )
+    rows = max(triton.next_power_of_2(group * t), 8)
+    splits = count_splits(batch * heads, tokens, _multiprocessors(query.device))
+    parts, states = result, key_scale
+    if splits > 1:
+        parts = result.new_empty((batch * heads, splits, rows, dim), dtype=torch.float32)
+        states = parts.new_empty((batch * heads, splits, rows, 2))
+    key_scale, value_scale = (
+        s.detach().to(device=query.device, dtype=torch.float32) for s in (key_scale, value_scale)
+    )
+    pad = max(triton.next_power_of_2(dim), 16)
+    tile, registers = next(t for (r, d), t in TILES if rows <= r and pad <= d)
+    shape: dict[str, Any] = {
+        "GROUP": group,
+        "T": t,
+        "DIM": dim,
+        "ROWS": rows,
+    }
+    unit = _unit(key_rows, value_rows)
+    bias, mask_strides, shared = _mask(mask, query, tokens)
+    with torch.cuda.device_of(query):  # Triton launches where the current device is
+        kernel[(batch * heads, splits)](
+            query,
+            key_rows,
+            value_rows,
+            key_scale,
+            value_scale,
+            query if length is None else length,
+            bias,
+            parts,
+            states,
+            tokens,
+            splits,
+            heads,
+            scaling,
+            *query.stride()[:3],
+            *key_rows.stride()[:2],
+            *value_rows.stride()[:2],
+            *mask_strides,
+            KEY_STRIDE=key_rows.stride(2),
+            VALUE_STRIDE=value_rows.stride(2),
+            TOKENS=tile,
+            UNIT=unit,
+            PAD=pad,
+            WIDTH=min(WIDTHS.get(unit, MOST_DIM), pad),
+            SHORT=tokens < tile,
+            LENGTH=length is not None,
+            MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
+            SHARED=shared,
+            ONE=splits == 1,
+            **shape,
+            maxnreg=registers,
+            **OPTIONS,
+        )
+        if splits > 1:
+            join_kernel[(batch * heads, group * t, triton.cdiv(dim, JOINED_WIDTH.value))](
+                parts,
+                states,
+                value_scale,
+                result,
+                splits,
+                heads,
+                SPLITS=triton.next_power_of_2(splits),
+                **shape,
+            )
+    return result.transpose(1, 2)
+
+
+def count_splits(pairs: int, tokens: int, multiprocessors: int) -> int:
+    """Return into how many parts the tokens of each of B H heads are divided.
+
+    It follows from shapes alone, since a length on the device is not known here.
+    """
+    fill = PROGRAMS * multiprocessors // max(pairs, 1)
+    return max(min(fill, triton.cdiv(tokens, LEAST), MOST_SPLITS), 1)
+
+
+def _mask(
+    mask: Tensor | None, query: Tensor, tokens: int
+) -> tuple[Tensor, tuple[int, ...], bool]:
+    """Return a mask as the kernel reads it, its strides, and whether all rows have the same."""
+    if mask is None:
+        return query, (0, 0, 0, 0), True
+    mask = mask.expand(*query.shape[:3], tokens)
+    strides = mask.stride()
+    if mask.dtype == torch.bool:
+        mask = mask.view(torch.uint8)
+    heads, t = mask.shape[1:3]
+    return mask, strides, (strides[1] == 0 or heads == 1) and (strides[2] == 0 or t == 1)
+
+
+def _unit(*rows: Tensor) -> int:
+    """Return how many bytes of rows can be loaded at a time: 8, 4 or 1."""
+    places = [n for x in rows for n in (x.data_ptr(), *x.stride()[:3])]
+    return next(unit for unit in (8, 4, 1) if all(place % unit == 0 for place in places))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+_operator = torch.library.custom_op("scalesweep_hf::attend_packed", _attend, mutates_args=())
+
+
+@_operator.register_fake
+def _empty(query: Tensor, *args: object) -> Tensor:
+    batch, heads, t, dim = query.shape
+    return query.new_empty(batch, t, heads, dim).transpose(1, 2)
+
+
+ATTENTION["triton"] = Attention(attend, pays=takes)
