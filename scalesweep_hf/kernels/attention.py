@@ -11,20 +11,18 @@ from scalesweep_hf.kernels.attention_kernel import JOINED_WIDTH, join_kernel, ke
 from scalesweep_hf.kernels.numbers import INTERPRETED
 from scalesweep_hf.ops.attention import ATTENTION, Attention
 
-# Tokens at a time for rows and head_dim up to these, and registers per thread: with 128, 16 warps
-# share a multiprocessor. One warp per program needs no barriers.
-TILES = (((8, 128), (32, 128)), ((16, 128), (32, None)), ((32, 256), (16, None)))
+# Tokens at a time; half as many where the accumulator [head_dim, rows] is larger than this, so that
+# all stays in registers. One warp per program needs no barriers.
+TOKENS, LARGE = 32, 2048
 OPTIONS: dict[str, Any] = {"num_warps": 1, "num_stages": 1}
-# Parts are made until this many programs run on a multiprocessor, or until a part has no more than
-# this many tokens.
-PROGRAMS = 16
-LEAST = 64
+# Parts are made until this many programs run on a multiprocessor (as many fit its registers), or
+# until parts have the first number of tokens; beyond that many parts, the second.
+PROGRAMS = 12
+LEAST, LEAST_OF_MANY, MANY = 64, 256, 64
 # How many elements of keys are multiplied at a time, for each unit of loading: as many as four
 # threads hold, so that loading has the layout of the product.
 WIDTHS = {8: 64, 4: 32}
-# The rows that a program can take: its accumulator is [head_dim, rows].
-MOST_ROWS, MOST_DIM = TILES[-1][0]
-MOST_SPLITS = 512
+MOST_ROWS, MOST_DIM, MOST_SPLITS = 32, 256, 512
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -48,9 +46,7 @@ def attend(
             query, key_rows, value_rows, key_scale, value_scale, scaling, mask, length
         )
     run = _operator if torch.compiler.is_compiling() else _attend
-    result: Tensor = run(
-        query, key_rows, value_rows, key_scale, value_scale, scaling, mask, length
-    )
+    result: Tensor = run(query, key_rows, value_rows, key_scale, value_scale, scaling, mask, length)
     return result
 
 
@@ -94,7 +90,7 @@ def _attend(
         s.detach().to(device=query.device, dtype=torch.float32) for s in (key_scale, value_scale)
     )
     pad = max(triton.next_power_of_2(dim), 16)
-    tile, registers = next(t for (r, d), t in TILES if rows <= r and pad <= d)
+    tile = TOKENS if rows * pad <= LARGE else TOKENS // 2
     shape: dict[str, Any] = {
         "GROUP": group,
         "T": t,
@@ -134,7 +130,6 @@ def _attend(
             SHARED=shared,
             ONE=splits == 1,
             **shape,
-            maxnreg=registers,
             **OPTIONS,
         )
         if splits > 1:
@@ -156,13 +151,12 @@ def count_splits(pairs: int, tokens: int, multiprocessors: int) -> int:
 
     It follows from shapes alone, since a length on the device is not known here.
     """
-    fill = PROGRAMS * multiprocessors // max(pairs, 1)
-    return max(min(fill, triton.cdiv(tokens, LEAST), MOST_SPLITS), 1)
+    fill = min(PROGRAMS * multiprocessors // max(pairs, 1), MOST_SPLITS)
+    parts = max(min(-(-tokens // LEAST), MANY), tokens // LEAST_OF_MANY)
+    return max(min(fill, parts), 1)
 
 
-def _mask(
-    mask: Tensor | None, query: Tensor, tokens: int
-) -> tuple[Tensor, tuple[int, ...], bool]:
+def _mask(mask: Tensor | None, query: Tensor, tokens: int) -> tuple[Tensor, tuple[int, ...], bool]:
     """Return a mask as the kernel reads it, its strides, and whether all rows have the same."""
     if mask is None:
         return query, (0, 0, 0, 0), True
@@ -184,7 +178,8 @@ def _unit(*rows: Tensor) -> int:
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 _operator = torch.library.custom_op("scalesweep_hf::attend_packed", _attend, mutates_args=())

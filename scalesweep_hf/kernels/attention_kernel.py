@@ -133,8 +133,8 @@ def _load(ptr, limit, FIRST: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.const
     Rows from limit on are zeros; where it is TOKENS, the compiler drops all conditions.
 
     Returns:
-        The words of blocks [TOKENS, WIDTH / 16] int32, first and second, and their scale codes; where
-        UNIT is 4, twice the words [TOKENS, WIDTH / 8].
+        The words of blocks [TOKENS, WIDTH / 16] int32, first and second, and their scale codes;
+        where UNIT is 4, twice the words [TOKENS, WIDTH / 8].
     """
     g = FIRST // 16 + tl.arange(0, WIDTH // 16)[None, :]
     row = tl.arange(0, TOKENS)[:, None].to(tl.int64)  # so that a row is a constant away
@@ -219,8 +219,9 @@ def kernel(
     LENGTH: tl.constexpr,
     MASK: tl.constexpr,  # 0: none, 1: bytes, 2: added
     SHARED: tl.constexpr,  # one mask for all rows
-    ONE: tl.constexpr,
+    ONE: tl.constexpr,  # one part: no `join_kernel` follows
 ):
+    """Attend to a part of the tokens of one key-value head."""
     pair = tl.program_id(0)
     split = tl.program_id(1)
     b = (pair // heads).to(tl.int64)
@@ -239,7 +240,8 @@ def kernel(
     unit, inverse = _query_unit(query_ptr, real, DIM, PAD)
     queries = ()
     for part in tl.static_range(PAD // WIDTH):
-        queries = queries + (_query(query_ptr, real, inverse, part * WIDTH, WIDTH, DIM, UNIT),)
+        q = _query(query_ptr, real, inverse, part * WIDTH, WIDTH, DIM, UNIT)
+        queries = queries + (q,)  # type: ignore[assignment]
     factor = unit * (tl.load(key_scale_ptr) * (scaling * LOG2E))  # scores are in bits
 
     key_ptr += b * key_b + h * key_h
@@ -258,15 +260,14 @@ def kernel(
         here = key_ptr + far * KEY_STRIDE
         blocks = ()
         for part in tl.static_range(PAD // WIDTH):
-            blocks = blocks + (
-                _load(here, limit, part * WIDTH, WIDTH, KEY_STRIDE, DIM, TOKENS, UNIT),
-            )
+            k = _load(here, limit, part * WIDTH, WIDTH, KEY_STRIDE, DIM, TOKENS, UNIT)
+            blocks = blocks + (k,)  # type: ignore[assignment]
         v0, v1, vc = _load(
             value_ptr + far * VALUE_STRIDE, limit, 0, PAD, VALUE_STRIDE, DIM, TOKENS, UNIT
         )
         score = tl.zeros((TOKENS, ROWS), tl.float32)
         for part in tl.static_range(PAD // WIDTH):
-            k0, k1, kc = blocks[part]
+            k0, k1, kc = blocks[part]  # type: ignore[var-annotated]
             score = tl.dot(_values(k0, k1, kc, TOKENS, WIDTH, UNIT, True), queries[part], score)
         score = score * factor[None, :]
         if MASK != 0 and SHARED:
@@ -319,6 +320,7 @@ def join_kernel(
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
+    """Join the parts of one row, JOINED_WIDTH elements of it."""
     pair = tl.program_id(0)
     row = tl.program_id(1)
     d = tl.program_id(2) * JOINED_WIDTH + tl.arange(0, JOINED_WIDTH)

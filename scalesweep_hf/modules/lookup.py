@@ -64,7 +64,8 @@ def _attend(
         key, value = key.decoded(), value.decoded()
     elif not torch.compiler.is_compiling():
         layer: Any = getattr(key, "packed_layer", None)
-        if layer is not None and layer is getattr(value, "packed_layer", None):
+        together = layer is getattr(value, "packed_layer", None)
+        if layer is not None and together:
             layer.reaches_attention = True
     return attention(module, query, key, value, *args, **kwargs)
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scalesweep_hf.ops.blocks import decode_blocks
 from scalesweep_hf.ops.kv import packed_size
-from scalesweep_hf.ops.nvfp4 import NVFP4Tensor
 
 
 def attend_packed(
@@ -100,15 +100,14 @@ def attend(
         values = values.masked_fill(beyond[:, None], 0.0)  # whatever is there, NaN included
     weight = score.softmax(-1).masked_fill(score.amax(-1, keepdim=True) == float("-inf"), 0.0)
     weight = weight.unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, Hq/H T, S]
-    return (weight @ values * value_scale).reshape(query.shape).to(query.dtype)
+    result: Tensor = (weight @ values * value_scale).reshape(query.shape)
+    return result.to(query.dtype)
 
 
 def _decode(rows: Tensor) -> Tensor:
     half = rows.shape[-1] * 8 // 9
     scale = rows[..., half:].view(torch.float8_e4m3fn)
-    return NVFP4Tensor(rows[..., :half], scale, torch.ones((), device=rows.device)).values(
-        torch.float32
-    )
+    return decode_blocks(rows[..., :half], scale, torch.float32)
 
 
 @dataclass(frozen=True)

@@ -184,9 +184,11 @@ def test_graphs_hold_the_kernel_as_an_operator(device: str) -> None:
 
 
 def test_splits_fill_the_device_and_follow_from_shapes() -> None:
-    assert attention.count_splits(64, 32768, 132) == attention.PROGRAMS * 132 // 64
-    assert attention.count_splits(8, 32768, 132) == attention.PROGRAMS * 132 // 8
-    assert attention.count_splits(8, 1024, 132) == -(-1024 // attention.LEAST)
+    programs = attention.PROGRAMS * 132
+    assert attention.count_splits(64, 32768, 132) == programs // 64
+    assert attention.count_splits(8, 1 << 20, 132) == programs // 8
+    assert attention.count_splits(8, 32768, 132) == 32768 // attention.LEAST_OF_MANY
+    assert attention.count_splits(8, 1025, 132) == -(-1025 // attention.LEAST)
     assert attention.count_splits(4096, 32768, 132) == 1
     assert attention.count_splits(1, 1, 132) == 1
 
