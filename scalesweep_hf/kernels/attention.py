@@ -74,76 +74,54 @@ def _attend(
 ) -> Tensor:
     batch, query_heads, t, dim = query.shape
     heads, tokens = key_rows.shape[1:3]
-    group = query_heads // heads
+    query, key_rows, value_rows = map(_contiguous_rows, (query, key_rows, value_rows))
     result = query.new_empty(batch, t, query_heads, dim)
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    key_rows, value_rows = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (key_rows, value_rows)
-    )
-    rows = max(triton.next_power_of_2(group * t), 8)
+    constants: dict[str, Any] = {"GROUP": query_heads // heads, "T": t, "DIM": dim}
+    constants["ROWS"] = rows = max(triton.next_power_of_2(query_heads // heads * t), 8)
     splits = count_splits(batch * heads, tokens, _multiprocessors(query.device))
-    parts, states = result, key_scale
+    parts, states = result, result
     if splits > 1:
         parts = result.new_empty((batch * heads, splits, rows, dim), dtype=torch.float32)
         states = parts.new_empty((batch * heads, splits, rows, 2))
     key_scale, value_scale = (
         s.detach().to(device=query.device, dtype=torch.float32) for s in (key_scale, value_scale)
     )
-    pad = max(triton.next_power_of_2(dim), 16)
+    bias, bias_strides, shared = _mask(mask, query, tokens)
+    unit, pad = _unit(key_rows, value_rows), max(triton.next_power_of_2(dim), 16)
     tile = TOKENS if rows * pad <= LARGE else TOKENS // 2
-    shape: dict[str, Any] = {
-        "GROUP": group,
-        "T": t,
-        "DIM": dim,
-        "ROWS": rows,
-    }
-    unit = _unit(key_rows, value_rows)
-    bias, mask_strides, shared = _mask(mask, query, tokens)
+    strides = *query.stride()[:3], *key_rows.stride()[:2], *value_rows.stride()[:2], *bias_strides
     with torch.cuda.device_of(query):  # Triton launches where the current device is
         kernel[(batch * heads, splits)](
-            query,
-            key_rows,
-            value_rows,
-            key_scale,
-            value_scale,
-            query if length is None else length,
-            bias,
-            parts,
-            states,
-            tokens,
-            splits,
-            heads,
-            scaling,
-            *query.stride()[:3],
-            *key_rows.stride()[:2],
-            *value_rows.stride()[:2],
-            *mask_strides,
+            *(query, key_rows, value_rows, key_scale, value_scale),
+            *(query if length is None else length, bias, parts, states),
+            *(tokens, splits, heads, scaling),
+            *strides,
             KEY_STRIDE=key_rows.stride(2),
             VALUE_STRIDE=value_rows.stride(2),
+            PAD=pad,
             TOKENS=tile,
             UNIT=unit,
-            PAD=pad,
-            WIDTH=min(WIDTHS.get(unit, MOST_DIM), pad),
+            WIDTH=min(WIDTHS.get(unit, pad), pad),
             SHORT=tokens < tile,
             LENGTH=length is not None,
             MASK=0 if mask is None else 1 if mask.dtype == torch.bool else 2,
             SHARED=shared,
             ONE=splits == 1,
-            **shape,
+            **constants,
             **OPTIONS,
         )
         if splits > 1:
-            join_kernel[(batch * heads, group * t, triton.cdiv(dim, JOINED_WIDTH.value))](
-                parts,
-                states,
-                value_scale,
-                result,
-                splits,
-                heads,
+            width = triton.cdiv(dim, JOINED_WIDTH.value)
+            join_kernel[(batch * heads, constants["GROUP"] * t, width)](
+                *(parts, states, value_scale, result, splits, heads),
                 SPLITS=triton.next_power_of_2(splits),
-                **shape,
+                **constants,
             )
     return result.transpose(1, 2)
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def count_splits(pairs: int, tokens: int, multiprocessors: int) -> int:
