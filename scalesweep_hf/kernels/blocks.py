@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from scalesweep_hf.kernels import decoding, linear
 from scalesweep_hf.kernels.numbers import (
     INTERPRETED,
     decode,
@@ -20,7 +21,7 @@ from scalesweep_hf.kernels.numbers import (
     to_unit,
     value_of,
 )
-from scalesweep_hf.kernels.operators import Kernels
+from scalesweep_hf.kernels.operators import Kernels, Products
 from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.sweep import (
     BLOCK,
@@ -335,22 +336,6 @@ def _kernel(
         _store_values(result_ptr, x, a, decode(code), block, mask)
 
 
-@triton.jit
-def _decode_kernel(packed_ptr, scale_ptr, result_ptr, blocks, ROWS: tl.constexpr):
-    """[blocks, 8] uint8 and [blocks] uint8 to [blocks, 16]."""
-    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = (block < blocks)[:, None]
-    there = block[:, None] * 8 + tl.arange(0, 8)[None, :]
-    packed = tl.load(packed_ptr + there, mask=inside, other=0).to(tl.int32)
-    code = tl.load(scale_ptr + block, mask=block < blocks, other=1).to(tl.int32)
-    scale = tl.where((code & 127) == 127, float("nan"), decode(code & 127))
-    scale = (scale * tl.where(code > 127, -1.0, 1.0))[:, None]  # 0 - 0 would lose the sign
-    codes = tl.reshape(tl.join(packed & 15, packed >> 4), (ROWS, 16))
-    value = value_of(codes & 7) * tl.where(codes > 7, -1.0, 1.0) * scale
-    where = block[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(result_ptr + where, value.to(result_ptr.dtype.element_ty), mask=inside)
-
-
 def _quantize(
     x: Tensor,
     tensor_scale: Tensor,
@@ -385,15 +370,6 @@ def _quantize(
         )
 
 
-def _decode(packed: Tensor, block_scale: Tensor, result: Tensor) -> None:
-    blocks = block_scale.numel()
-    scale = block_scale.contiguous().view(torch.uint8)
-    with torch.cuda.device_of(packed):
-        _decode_kernel[(triton.cdiv(blocks, ROWS),)](
-            packed.contiguous(), scale, result, blocks, ROWS=ROWS, num_warps=WARPS
-        )
-
-
 def _aligned(x: Tensor) -> Tensor:
     """Return x contiguous, where words of eight bytes can be loaded."""
     x = x.contiguous()
@@ -403,7 +379,8 @@ def _aligned(x: Tensor) -> Tensor:
 BACKENDS["triton"] = Kernels(
     "triton",
     _quantize,
-    _decode,
+    decoding.decode,
+    products=Products(linear.multiply, linear.multiply_back),
     runs_on=lambda x: x.is_cuda or INTERPRETED,
     fallback=BACKENDS.get("numba", BACKENDS["torch"]),
 ).backend()

@@ -1,12 +1,12 @@
 """What every backend shares: a fallback to another one, and operators for graphs to hold."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from scalesweep_hf.ops.blocks import Backend
+from scalesweep_hf.ops.blocks import Backend, multiply_blocks
 from scalesweep_hf.ops.objectives import OBJECTIVES
 from scalesweep_hf.ops.sweep import BLOCK, Window, check_window
 
@@ -17,8 +17,22 @@ Decode = Callable[[Tensor, Tensor, Tensor], None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Products(NamedTuple):
+    """A twin of `ops.blocks.multiply_blocks` and its gradient, for 16-bit x.
+
+    Attributes:
+        forward: (x, packed, block scale, tensor scale, input scale, bias, dtype of y) to y.
+        backward: (gradient of y, the same four, dtype of x) to the gradient of x.
+    """
+
+    forward: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None, torch.dtype], Tensor
+    ]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, torch.dtype], Tensor]
+
+
 class Kernels:
-    """The functions of a `Backend`, from two that write their results into given tensors.
+    """The functions of a `Backend`, from those that do the work.
 
     Args:
         name: prefix of the operators.
@@ -28,6 +42,7 @@ class Kernels:
             result is [..., K/2] uint8, both as `encode_blocks` returns them; where it is None,
             result is [..., K] bfloat16, as `round_blocks` returns it.
         decode: (packed, block scale, result), as in `ops.blocks.decode_blocks`.
+        products: None leaves them to the definition, with this decode.
         runs_on: whether a tensor is where they run.
         fallback: for tensors elsewhere, other dtypes and couplings.
     """
@@ -38,6 +53,7 @@ class Kernels:
         quantize: Quantize,
         decode: Decode,
         *,
+        products: Products | None = None,
         runs_on: Callable[[Tensor], bool],
         fallback: Backend,
     ) -> None:
@@ -55,10 +71,15 @@ class Kernels:
         # Rounding has a gradient of zero, in training as in graphs.
         self._encode_operator.register_autograd(_no_gradient)
         self._round_operator.register_autograd(_no_gradient)
+        self._products = products
+        if products is not None:
+            self._multiply_operator = product_operator(prefix, products)
 
     def backend(self) -> Backend:
-        """Return the three functions."""
-        return Backend(self.encode_blocks, self.round_blocks, self.decode_blocks)
+        """Return the four functions."""
+        return Backend(
+            self.encode_blocks, self.round_blocks, self.decode_blocks, self.multiply_blocks
+        )
 
     def encode_blocks(
         self,
@@ -103,6 +124,31 @@ class Kernels:
         run = self._decode_operator if torch.compiler.is_compiling() else self._decode_now
         values: Tensor = run(packed, block_scale, dtype)
         return values
+
+    def multiply_blocks(
+        self,
+        x: Tensor,
+        packed: Tensor,
+        block_scale: Tensor,
+        tensor_scale: Tensor,
+        *,
+        input_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Twin of `scalesweep_hf.ops.blocks.multiply_blocks`, but for the order of its sums."""
+        operands = x, packed, block_scale, tensor_scale
+        halves = x.dtype in (torch.bfloat16, torch.float16)
+        # Mixed devices are an error that the definition makes plain.
+        together = all(t is None or t.device == x.device for t in (*operands, input_scale, bias))
+        if self._products is None or not (halves and together and self._sees(x)):
+            options: dict[str, Any] = {"input_scale": input_scale, "bias": bias, "dtype": dtype}
+            return multiply_blocks(*operands, **options, decode=self.decode_blocks)
+        run: Callable[..., Tensor] = self._products.forward
+        trains = any(t is not None and t.requires_grad for t in (x, bias))
+        if torch.compiler.is_compiling() or (trains and torch.is_grad_enabled()):
+            run = self._multiply_operator
+        return run(*operands, input_scale, bias, dtype or x.dtype)
 
     def _takes(self, x: Tensor, objective: str) -> bool:
         return self._sees(x) and x.dtype in DTYPES and not OBJECTIVES[objective].coupled
@@ -152,6 +198,60 @@ class Kernels:
         if packed.numel():
             self._decode(packed, block_scale, values)
         return values
+
+
+def product_operator(prefix: str, products: Products) -> Callable[..., Tensor]:
+    """Define the operators prefix_multiply and prefix_multiply_back and return the first."""
+    define = torch.library.custom_op
+
+    @define(f"{prefix}_multiply", mutates_args=())
+    def multiply(
+        x: Tensor,
+        packed: Tensor,
+        block_scale: Tensor,
+        tensor_scale: Tensor,
+        input_scale: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return products.forward(x, packed, block_scale, tensor_scale, input_scale, bias, dtype)
+
+    @define(f"{prefix}_multiply_back", mutates_args=())
+    def multiply_back(
+        gradient: Tensor,
+        packed: Tensor,
+        block_scale: Tensor,
+        tensor_scale: Tensor,
+        input_scale: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        return products.backward(gradient, packed, block_scale, tensor_scale, input_scale, dtype)
+
+    @multiply.register_fake
+    def _(x: Tensor, packed: Tensor, *args: Any) -> Tensor:
+        return x.new_empty((*x.shape[:-1], packed.shape[0]), dtype=args[-1])
+
+    @multiply_back.register_fake
+    def _(gradient: Tensor, packed: Tensor, *args: Any) -> Tensor:
+        return gradient.new_empty((*gradient.shape[:-1], 2 * packed.shape[1]), dtype=args[-1])
+
+    def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, *matrix, bias, _ = inputs
+        ctx.save_for_backward(*matrix)
+        ctx.dtypes = x.dtype, None if bias is None else bias.dtype
+
+    def back(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        of_x = of_bias = None
+        x_dtype, bias_dtype = ctx.dtypes
+        if ctx.needs_input_grad[0]:
+            of_x = multiply_back(gradient, *ctx.saved_tensors, x_dtype)
+        if ctx.needs_input_grad[5]:
+            rows = gradient.reshape(-1, gradient.shape[-1])
+            of_bias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
+        return of_x, None, None, None, None, of_bias, None
+
+    multiply.register_autograd(back, setup_context=keep)
+    return multiply
 
 
 def _beside(x: Tensor, other: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Blocks of 16 to codes and scales, codes and scales to values: what NVFP4 spends its time on.
+"""Blocks of 16 to codes and scales, to values, to products: what NVFP4 spends its time on.
 
 These functions check nothing and wait for no device, for states and activations at run time. They
-are the definition; `scalesweep_hf.kernels` has faster ones with the same bits, and whatever calls
-them takes the name of a `Backend`.
+are the definition; `scalesweep_hf.kernels` has faster ones, and whatever calls them takes the name
+of a `Backend`.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,6 +19,9 @@ from scalesweep_hf.ops.sweep import BLOCK, Window
 # a CPU, so that they stay in cache, and under 200 MB elsewhere, where launches are what costs.
 CHUNK_CPU = 1 << 17
 CHUNK_DEVICE = 1 << 22
+
+# Weight elements decoded at a time: a few hundred MB of temporaries at the most.
+DECODED = 1 << 24
 
 # Beyond this, in units of the tensor scale, magnitudes are equal: 390 times the largest value of
 # the format. Infinity would make all losses equal, and the smallest scale would win.
@@ -110,18 +113,66 @@ def decode_blocks(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Te
     return blocks.flatten(-2)
 
 
+def multiply_blocks(
+    x: Tensor,
+    packed: Tensor,
+    block_scale: Tensor,
+    tensor_scale: Tensor,
+    *,
+    input_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    decode: Callable[[Tensor, Tensor, torch.dtype], Tensor] = decode_blocks,
+) -> Tensor:
+    """Multiply by a quantized matrix: y = (x (codes * block_scale)^T) * S + bias.
+
+    S is the tensor scale, times the input's where there is one, in float32. Products are exact for
+    16-bit x. The sum over k is float32 in no particular order, so that implementations differ by
+    the rounding of float32 sums. What comes after it is float32, rounded once to dtype.
+
+    Args:
+        x: [..., K] floating.
+        packed: [N, K/2] uint8.
+        block_scale: [N, K/16] float8_e4m3fn.
+        tensor_scale: [] float32 > 0, of the matrix.
+        input_scale: [] float32 > 0, in whose units x is; None where x is as it is.
+        bias: [N] floating or None.
+        dtype: of the result; None takes x's.
+        decode: `decode_blocks` or a twin.
+
+    Returns:
+        [..., N] dtype.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # [T, K]
+    parts = []
+    for part in row_slices(packed.shape[0], x.shape[-1], DECODED):
+        w = decode(packed[part], block_scale[part], x.dtype)  # [n, K]
+        if rows.device.type == "cuda" and rows.dtype != torch.float32:
+            parts.append(torch.mm(rows, w.T, out_dtype=torch.float32))
+        else:
+            parts.append(torch.mm(rows.to(torch.float32), w.to(torch.float32).T))
+    product = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)  # [T, N]
+    scale = tensor_scale if input_scale is None else input_scale * tensor_scale
+    y = product.reshape(*x.shape[:-1], packed.shape[0]) * scale
+    return (y if bias is None else y + bias).to(dtype or x.dtype)
+
+
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of each function; see those of this module."""
+    """One implementation of each function; see those of this module.
+
+    The first three have the same bits in every backend; products differ by the order of their sums.
+    """
 
     encode_blocks: Callable[..., tuple[Tensor, Tensor]]
     round_blocks: Callable[..., Tensor]
     decode_blocks: Callable[[Tensor, Tensor, torch.dtype], Tensor]
+    multiply_blocks: Callable[..., Tensor]
 
 
 # By name; `scalesweep_hf.kernels` adds its own. (Passed by name, since graphs hold names better
 # than functions.)
-BACKENDS = {"torch": Backend(encode_blocks, round_blocks, decode_blocks)}
+BACKENDS = {"torch": Backend(encode_blocks, round_blocks, decode_blocks, multiply_blocks)}
 
 
 def pack(codes: Tensor) -> Tensor:

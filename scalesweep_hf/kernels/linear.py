@@ -1,0 +1,405 @@
+"""Triton twin of `scalesweep_hf.ops.blocks.multiply_blocks`.
+
+Few tokens: one kernel reads the packed weight once. A warp takes strips of 8 rows by 128 columns;
+each of its threads loads 16 bytes, a quarter of a strip's row, and decodes them in registers to
+what the tensor cores take: thread and quarter agree, because k is permuted alike in both operands.
+Warps of a program share out k, and add up at the end.
+
+Many tokens: the weight is decoded (`scalesweep_hf.kernels.decoding`) and cuBLAS multiplies.
+"""
+
+# Tuples grow in kernels.
+# mypy: disable-error-code="assignment,misc"
+
+import ctypes
+import math
+from collections.abc import MutableMapping
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from scalesweep_hf.kernels.decoding import REST, decode, factor, halves, in_words, pairs
+from scalesweep_hf.ops.blocks import row_slices
+
+# Tokens that the first kernel takes, and tokens a tile.
+FEW = 32
+TILE = tl.constexpr(8)
+# Weight elements decoded at a time: half a GB. A launch more costs less than a smaller product.
+DECODED = 1 << 28
+# Tokens from which on cuBLAS applies the tensor scale.
+TRUSTING = 1024
+# Elements of the result that a program of `_finish_kernel` takes.
+FINISHED = 2048
+
+
+@triton.jit
+def _load(
+    x_ptr,
+    packed_ptr,
+    scale_ptr,
+    first,
+    strip,
+    N,
+    K,
+    tokens,
+    TILES: tl.constexpr,
+    R: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Load a strip [W] of R times eight rows, and x there, eight tokens and 8 columns at a time.
+
+    Returns:
+        R words [8, W, 16] int32; R pairs of scales [8, W, 4] int16; four [4, 8, W, 8] of x a tile.
+    """
+    groups = K // 32  # of a thread's columns
+    eight = tl.arange(0, 8)
+    word = strip[:, None] * 16 + tl.arange(0, 16)[None, :]
+    pair = strip[:, None] * 4 + tl.arange(0, 4)[None, :]
+    words = ()
+    scales = ()
+    x = ()
+    for r in tl.static_range(R):
+        row = tl.minimum(first + r * 8 + eight, N - 1).to(tl.int64)[:, None, None]
+        of_word = packed_ptr + (row * (groups * 4) + word[None, :, :])
+        of_pair = scale_ptr + (row * groups + pair[None, :, :])
+        if EVEN:
+            words = words + (tl.load(of_word),)
+            scales = scales + (tl.load(of_pair),)
+        else:
+            words = words + (tl.load(of_word, mask=(word < groups * 4)[None, :, :], other=0),)
+            scales = scales + (tl.load(of_pair, mask=(pair < groups)[None, :, :], other=0),)
+    k = strip[None, None, :, None] * 128 + eight[None, None, None, :]
+    k += tl.arange(0, 4)[:, None, None, None] * 32
+    for tile in tl.static_range(TILES):
+        token = tl.minimum(tile * TILE + eight, tokens - 1)[None, :, None, None]
+        for q in tl.static_range(4):
+            at = x_ptr + (token * K + k + 8 * q)
+            x = x + (tl.load(at) if EVEN else tl.load(at, mask=k + 8 * q < K, other=0.0),)
+    return words, scales, x
+
+
+@triton.jit
+def _quarters(words, W: tl.constexpr):
+    """Split words [8, W, 16] into the four [8, W, 4] of every thread."""
+    even, odd = tl.split(tl.reshape(words, (8, W, 4, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return (first, second, third, fourth)
+
+
+@triton.jit
+def _weights(upper, lower, upper_scale, lower_scale, W: tl.constexpr, BFLOAT16: tl.constexpr):
+    """Decode a word of two times eight rows, each [8, W, 4], to an operand [W, 16, 32].
+
+    Columns come as the tensor cores' threads hold them: four of every thread, four more.
+    """
+    a = pairs(upper, BFLOAT16)
+    b = pairs(lower, BFLOAT16)
+    columns = ()
+    for i in tl.static_range(4):
+        a0, a4 = halves(a[i], upper_scale, BFLOAT16)
+        b0, b4 = halves(b[i], lower_scale, BFLOAT16)
+        columns = columns + (tl.join(tl.join(a0, a4), tl.join(b0, b4)),)  # [8, W, 4, half, rows]
+    tile = tl.join(tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3]))
+    return tl.reshape(tl.permute(tile, (1, 4, 0, 5, 2, 6, 3)), (W, 16, 32))
+
+
+@triton.jit
+def _add(
+    sums,
+    words,
+    scales,
+    x,
+    TILES: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+):
+    """Add a strip's products to sums, a [W, 16, TILE] for each 16 rows and tile of tokens."""
+    operands = ()
+    for i in tl.static_range(4 * TILES):
+        codes = tl.permute(tl.reshape(x[i], (4, 8, W, 2, 2, 2)), (2, 4, 0, 5, 3, 1))
+        operands = operands + (tl.reshape(codes, (W, 32, TILE)),)
+    result = ()
+    for m in tl.static_range(R // 2):
+        upper, lower = _quarters(words[2 * m], W), _quarters(words[2 * m + 1], W)
+        of_upper, of_lower = scales[2 * m].to(tl.int32), scales[2 * m + 1].to(tl.int32)
+        mine = ()
+        for tile in tl.static_range(TILES):
+            mine = mine + (sums[m * TILES + tile],)
+        for q in tl.static_range(4):
+            if q < 2:  # the lower of the two scales, then the upper; see `factor`
+                a, b = (of_upper << 24) >> 4, (of_lower << 24) >> 4
+            else:
+                a, b = of_upper << 12, of_lower << 12
+            a, b = factor(a, BFLOAT16), factor(b, BFLOAT16)
+            w = _weights(upper[q], lower[q], a, b, W, BFLOAT16)
+            added = ()
+            for tile in tl.static_range(TILES):
+                operand = operands[tile * 4 + q].to(w.dtype)
+                added = added + (tl.dot(w, operand, acc=mine[tile]),)
+            mine = added
+        result = result + mine
+    return result
+
+
+@triton.jit
+def _few_kernel(
+    x_ptr,  # [tokens, K]
+    packed_ptr,  # [N, K / 8] int32
+    block_scale_ptr,  # [N, K / 32] int16
+    tensor_scale_ptr,  # [] float32
+    input_scale_ptr,  # [] float32, unused without SCALES_INPUT
+    bias_ptr,  # [N], unused without BIAS
+    y_ptr,  # [tokens, N]
+    N,
+    K,
+    tokens,
+    TILES: tl.constexpr,  # of TILE tokens
+    R: tl.constexpr,  # times eight rows, even
+    W: tl.constexpr,  # warps
+    STEPS: tl.constexpr,  # strips of a warp
+    EVEN: tl.constexpr,
+    SCALES_INPUT: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    BFLOAT16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
+    first = tl.program_id(0) * (8 * R)
+    strip = tl.arange(0, W) * STEPS
+    sums = ()
+    for _ in tl.static_range(R // 2 * TILES):
+        sums = sums + (tl.zeros((W, 16, TILE), tl.float32),)
+    args = (x_ptr, packed_ptr, block_scale_ptr, first)
+    words, scales, x = _load(*args, strip, N, K, tokens, TILES, R, EVEN)
+    for step in range(STEPS):  # loads run a step ahead
+        next_strip = strip + tl.minimum(step + 1, STEPS - 1)
+        next_words, next_scales, next_x = _load(*args, next_strip, N, K, tokens, TILES, R, EVEN)
+        sums = _add(sums, words, scales, x, TILES, R, W, BFLOAT16)
+        words, scales, x = next_words, next_scales, next_x
+    scale = tl.load(tensor_scale_ptr)
+    if SCALES_INPUT:
+        scale = tl.load(input_scale_ptr) * scale
+    for m in tl.static_range(R // 2):
+        row = first + m * 16 + tl.arange(0, 16)
+        for tile in tl.static_range(TILES):
+            y = tl.sum(sums[m * TILES + tile], axis=0) * REST * scale  # [16, TILE]
+            if BIAS:
+                bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+                y = y + bias[:, None]
+            token = tile * TILE + tl.arange(0, 8)
+            where = token[None, :].to(tl.int64) * N + row[:, None]
+            inside = (token < tokens)[None, :] & (row < N)[:, None]
+            tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _finish_kernel(
+    product_ptr,  # [tokens, N] float32
+    tensor_scale_ptr,  # [] float32
+    input_scale_ptr,  # [] float32, unused without SCALES_INPUT
+    bias_ptr,  # [N], unused without BIAS
+    y_ptr,  # [tokens, N]
+    size,
+    N,
+    SCALES_INPUT: tl.constexpr,
+    BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scale = tl.load(tensor_scale_ptr)
+    if SCALES_INPUT:
+        scale = tl.load(input_scale_ptr) * scale
+    y = tl.load(product_ptr + at, mask=at < size, other=0.0) * scale
+    if BIAS:
+        y = y + tl.load(bias_ptr + at % N, mask=at < size, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
+
+
+def multiply(
+    x: Tensor,
+    packed: Tensor,
+    block_scale: Tensor,
+    tensor_scale: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Twin of `multiply_blocks` for x [..., K] bfloat16 or float16."""
+    n = packed.shape[0]
+    rows = x.reshape(-1, x.shape[-1])  # [T, K]
+    scales = (tensor_scale, input_scale)
+    if not (len(rows) and n):
+        y = x.new_empty((len(rows), n), dtype=dtype)
+    elif len(rows) <= FEW and rows.shape[1] % 32 == 0:
+        y = _multiply_few(rows, packed, block_scale, scales, bias, dtype)
+    else:
+        y = _multiply_many(rows, packed, block_scale, scales, bias, dtype)
+    return y.reshape(*x.shape[:-1], n)
+
+
+Scales = tuple[Tensor, Tensor | None]
+
+
+def _shape_of_programs(tiles: int, n: int, k: int) -> tuple[int, int]:
+    """Return how many times eight rows, and how many warps, a program has."""
+    return (2, 8) if tiles == 1 else (4, 8)
+
+
+def _multiply_few(
+    rows: Tensor,
+    packed: Tensor,
+    block_scale: Tensor,
+    scales: Scales,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    (tokens, k), n = rows.shape, packed.shape[0]
+    y = rows.new_empty((tokens, n), dtype=dtype)
+    tiles = triton.cdiv(tokens, TILE.value)
+    tiles += tiles == 3  # one program less to compile
+    r, warps = _shape_of_programs(tiles, n, k)
+    steps = triton.cdiv(k, 128 * warps)
+    tensor_scale, input_scale = scales
+    with torch.cuda.device_of(rows):
+        _few_kernel[(triton.cdiv(n, 8 * r),)](
+            in_words(rows, rows.dtype),
+            in_words(packed, torch.int32),
+            in_words(block_scale, torch.int16),
+            tensor_scale,
+            tensor_scale if input_scale is None else input_scale,
+            y if bias is None else bias.contiguous(),
+            y,
+            n,
+            k,
+            tokens,
+            TILES=tiles,
+            R=r,
+            W=warps,
+            STEPS=steps,
+            EVEN=k == 128 * warps * steps,
+            SCALES_INPUT=input_scale is not None,
+            BIAS=bias is not None,
+            num_warps=warps,
+        )
+    return y
+
+
+def _multiply_many(
+    rows: Tensor,
+    packed: Tensor,
+    block_scale: Tensor,
+    scales: Scales,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    value = None
+    fits = rows.is_cuda and rows.dtype == dtype and (bias is None or bias.dtype == dtype)
+    if fits and len(rows) >= TRUSTING:
+        value = _trusted(scales)
+    parts = []
+    for part in row_slices(packed.shape[0], rows.shape[1], DECODED):
+        b = None if bias is None else bias[part]
+        w = rows.new_empty((len(packed[part]), rows.shape[1]))  # [n, K]
+        if value is None:
+            decode(packed[part], block_scale[part], w)
+            parts.append(_finish(_product(rows, w.T), scales, b, dtype))
+            continue
+        tensor_scale, input_scale = scales
+        decode(
+            packed[part],
+            block_scale[part],
+            w,
+            trusted=value,
+            tensor_scale=tensor_scale,
+            input_scale=input_scale,
+        )
+        start = rows.new_empty(1) if b is None else b
+        parts.append(torch.addmm(start, rows, w.T, beta=int(b is not None), alpha=value))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def multiply_back(
+    gradient: Tensor,
+    packed: Tensor,
+    block_scale: Tensor,
+    tensor_scale: Tensor,
+    input_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the gradient of x [..., K] dtype from that of y [..., N]: (g (codes * scale)) * S."""
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    rows = gradient.reshape(-1, n)
+    total = rows.new_zeros((len(rows), k), dtype=torch.float32)
+    for part in row_slices(n, k, DECODED):
+        w = rows.new_empty((len(packed[part]), k))
+        decode(packed[part], block_scale[part], w)
+        total = total + _product(rows[:, part], w)
+    x = _finish(total, (tensor_scale, input_scale), None, dtype)
+    return x.reshape(*gradient.shape[:-1], k)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Multiply matrices, sums and result in float32."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.to(torch.float32), b.to(torch.float32))
+
+
+def _finish(product: Tensor, scales: Scales, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return product [T, N] * S + bias, rounded to dtype."""
+    y = product.new_empty(product.shape, dtype=dtype)
+    tensor_scale, input_scale = scales
+    if product.numel():
+        with torch.cuda.device_of(product):
+            _finish_kernel[(triton.cdiv(product.numel(), FINISHED),)](
+                product,
+                tensor_scale,
+                tensor_scale if input_scale is None else input_scale,
+                product if bias is None else bias.contiguous(),
+                y,
+                product.numel(),
+                product.shape[1],
+                SCALES_INPUT=input_scale is not None,
+                BIAS=bias is not None,
+                BLOCK=FINISHED,
+                num_warps=4,
+            )
+    return y
+
+
+def _trusted(scales: Scales) -> float | None:
+    """Return the product of scales as `_finish` would have it, None where it is not known."""
+    value = 1.0
+    for scale in scales:
+        known = 1.0 if scale is None else _value_of(scale)
+        if known is None:
+            return None
+        value *= known
+    # float64 holds the product of two float32; ctypes rounds it to float32.
+    value = ctypes.c_float(value).value
+    return value if 2.0**-126 <= value < math.inf else None
+
+
+# By scale: the state that it was read in, and its value.
+_values: MutableMapping[Tensor, tuple[tuple[int, int], float]] = WeakTensorKeyDictionary()
+
+
+def _value_of(scale: Tensor) -> float | None:
+    """Return a tensor's value, waiting for the device the first time; None if that cannot be.
+
+    A change behind the tensor's version, through ``.data``, goes unnoticed here; `decode` makes
+    up for it.
+    """
+    if scale.is_inference():
+        return None
+    state = (scale._version, scale.data_ptr())
+    known = _values.get(scale)
+    if known is None or known[0] != state:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        known = (state, scale.item())
+        _values[scale] = known
+    return known[1]

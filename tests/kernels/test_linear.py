@@ -1,0 +1,208 @@
+"""Products agree with float64 to the rounding of float32 sums, interpreted or on a GPU."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scalesweep_hf import quantize
+from scalesweep_hf.modules.linear import LinearRecipe, NVFP4Linear
+from scalesweep_hf.ops.blocks import BACKENDS, Backend
+from scalesweep_hf.ops.linear import linear
+from scalesweep_hf.ops.nvfp4 import NVFP4Tensor
+
+# Interpreted kernels are numpy, which warns of NaN and overflow.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+HALVES = [torch.bfloat16, torch.float16]
+# Tokens, N, K: tiles of 8 tokens, 16 rows and 128 columns, their edges, and what is decoded first.
+SHAPES = [
+    (1, 32, 1024),
+    (1, 33, 4096 + 128),
+    (2, 17, 272),
+    (8, 16, 16),
+    (9, 31, 400),
+    (16, 1, 32),
+    (17, 48, 144),
+    (32, 65, 128),
+    (33, 40, 80),
+    (65, 33, 48),
+]
+
+
+@pytest.fixture
+def twin(device: str) -> Backend:
+    pytest.importorskip("triton", reason="triton is not installed")
+    importlib.import_module("scalesweep_hf.kernels.blocks")
+    return BACKENDS["triton"]
+
+
+def matrix(n: int, k: int, device: str, tensor_scale: float = 0.03) -> NVFP4Tensor:
+    """Return a packed matrix of any codes and positive scales."""
+    generator = torch.Generator().manual_seed(n + k)
+    packed = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(0, 127, (n, k // 16), generator=generator, dtype=torch.uint8)
+    parts = packed, scale.view(torch.float8_e4m3fn), torch.tensor(tensor_scale)
+    return NVFP4Tensor(*(part.to(device) for part in parts))
+
+
+def tokens(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+
+
+def multiply(twin: Backend, x: Tensor, w: NVFP4Tensor, **options: Any) -> Tensor:
+    return twin.multiply_blocks(x, w.packed, w.block_scale, w.tensor_scale, **options)
+
+
+def check(y: Tensor, x: Tensor, w: NVFP4Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    """Check y: a rounding to its dtype, and the sum's error, that of tensor cores."""
+    values = w.values(torch.float32).double()
+    exact = x.double() @ values.T * scale.double()
+    size = x.double().abs() @ values.abs().T * scale.double()
+    if bias is not None:
+        exact = exact + bias.double()
+        size = size + bias.double().abs()
+    rounding = torch.finfo(y.dtype).eps / 2
+    if y.device.type == "cpu" and y.dtype == torch.bfloat16:
+        rounding *= 2  # Triton's interpreter truncates
+    bound = exact.abs() * rounding * 1.001 + size * 2.0**-21 + torch.finfo(y.dtype).tiny
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_products_have_the_error_of_float32_sums(
+    twin: Backend, dtype: torch.dtype, shape: tuple[int, int, int], device: str
+) -> None:
+    t, n, k = shape
+    w, x = matrix(n, k, device, 2.0**-9), tokens(t, k, dtype=dtype, device=device)
+    y = multiply(twin, x, w)
+    assert y.dtype == dtype
+    assert y.shape == (t, n)
+    check(y, x, w, w.tensor_scale)
+    bias = tokens(n, dtype=dtype, device=device)
+    check(multiply(twin, x, w, bias=bias), x, w, w.tensor_scale, bias)
+
+
+@pytest.mark.parametrize("t", [3, 40])
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
+def test_both_scales_come_after_the_sum(
+    twin: Backend, dtype: torch.dtype, t: int, device: str
+) -> None:
+    w, x = matrix(16, 64, device, 0.7), tokens(t, 64, dtype=torch.bfloat16, device=device)
+    input_scale, bias = (
+        torch.tensor(0.013, device=device),
+        tokens(16, dtype=torch.float32, device=device),
+    )
+    y = multiply(twin, x, w, input_scale=input_scale, bias=bias, dtype=dtype)
+    assert y.dtype == dtype
+    check(y, x, w, input_scale * w.tensor_scale, bias)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_every_code_with_every_scale_is_multiplied_exactly(
+    twin: Backend, dtype: torch.dtype, device: str
+) -> None:
+    codes = torch.tensor([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], dtype=torch.uint8)
+    packed = codes.expand(256, 8).contiguous().to(device)
+    scale = torch.arange(256, dtype=torch.uint8)[:, None].to(device).view(torch.float8_e4m3fn)
+    w = NVFP4Tensor(packed, scale, torch.tensor(1.0, device=device))
+    y = multiply(twin, torch.eye(16, dtype=dtype, device=device), w)  # [16, 256]
+    assert torch.equal(y.nan_to_num(9999.0), w.values(dtype).T.nan_to_num(9999.0))
+
+
+@pytest.mark.parametrize("t", [1, 7, 34])
+def test_input_is_read_as_it_is_seen(twin: Backend, t: int, device: str) -> None:
+    w = matrix(24, 96, device)
+    x = tokens(96, 2, t, dtype=torch.bfloat16, device=device).permute(1, 2, 0)
+    y = multiply(twin, x, w)
+    assert y.shape == (2, t, 24)
+    assert torch.equal(y, multiply(twin, x.contiguous(), w))
+    other = NVFP4Tensor(w.packed.T.contiguous().T, w.block_scale, w.tensor_scale)
+    assert torch.equal(y, multiply(twin, x, other))
+    odd = torch.empty(w.packed.numel() + 1, dtype=torch.uint8, device=device)[1:]
+    odd = odd.view_as(w.packed).copy_(w.packed)
+    assert torch.equal(y, multiply(twin, x, NVFP4Tensor(odd, w.block_scale, w.tensor_scale)))
+
+
+def test_no_tokens_and_no_rows(twin: Backend, device: str) -> None:
+    w = matrix(24, 96, device)
+    x = tokens(2, 0, 96, dtype=torch.bfloat16, device=device)
+    assert multiply(twin, x, w).shape == (2, 0, 24)
+    none = NVFP4Tensor(w.packed[:0], w.block_scale[:0], w.tensor_scale)
+    assert multiply(twin, x.new_ones(3, 96), none).shape == (3, 0)
+
+
+@pytest.mark.parametrize("t", [2, 40])
+def test_nan_and_infinity_stay_in_their_token(twin: Backend, t: int, device: str) -> None:
+    w, x = matrix(16, 64, device), tokens(t, 64, dtype=torch.bfloat16, device=device)
+    expected = multiply(twin, x, w)
+    x[0, 5], x[1, 7] = torch.nan, torch.inf
+    y = multiply(twin, x, w)
+    assert y[0].isnan().all()
+    assert not y[1].isfinite().any()
+    assert torch.equal(y[2:], expected[2:])
+
+
+def test_float32_input_has_the_bits_of_the_definition(twin: Backend, device: str) -> None:
+    w, x = matrix(16, 64, device), tokens(3, 64, dtype=torch.float32, device=device)
+    assert torch.equal(multiply(twin, x, w), linear(x, w))
+
+
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("t", [3, 40])
+def test_gradients_are_those_of_the_dequantized_linear(
+    twin: Backend, t: int, graph: bool, device: str
+) -> None:
+    w = matrix(24, 64, device, 2.0**-9)
+    bias = tokens(24, dtype=torch.bfloat16, device=device).requires_grad_()
+    x = tokens(2, t, 64, dtype=torch.bfloat16, device=device).requires_grad_()
+
+    def run(x: Tensor, bias: Tensor) -> Tensor:
+        return linear(x, w, bias, backend="triton")
+
+    if graph:
+        torch.compiler.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    y = run(x, bias)
+    weight = tokens(2, t, 24, dtype=torch.bfloat16, device=device)
+    (y * weight).sum().backward()
+    assert x.grad is not None
+    assert bias.grad is not None
+    back = NVFP4Tensor.values(w, torch.float32).double()
+    exact = weight.double() @ back * w.tensor_scale.double()
+    torch.testing.assert_close(x.grad.double(), exact, rtol=2.0**-7, atol=1e-5)
+    torch.testing.assert_close(
+        bias.grad.double(), weight.double().sum((0, 1)), rtol=2.0**-7, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("activations", [None, "mse"])
+@pytest.mark.parametrize("t", [1, 40])
+def test_graphs_have_the_bits_of_direct_calls(
+    twin: Backend, t: int, activations: str | None, device: str
+) -> None:
+    module = NVFP4Linear(64, 24, recipe=LinearRecipe("mse", activations, "bounded"), device=device)
+    module = module.to(torch.bfloat16)
+    packed = quantize(module.weight.detach())
+    names = {"weight": packed.packed, "weight_scale": packed.block_scale}
+    names |= {"weight_scale_2": packed.tensor_scale, "input_scale": torch.tensor(0.01).to(device)}
+    module.set_packed(names)
+    module.backend = "triton"
+    x = tokens(t, 64, dtype=torch.bfloat16, device=device)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), module(x))
+
+
+def test_the_operator_keeps_what_torch_asks_of_operators(twin: Backend, device: str) -> None:
+    w = matrix(16, 32, device)
+    x = tokens(3, 32, dtype=torch.float16, device=device).requires_grad_()
+    operator: Any = torch.ops.scalesweep_hf.triton_multiply.default
+    arguments = (x, w.packed, w.block_scale, w.tensor_scale, None, None, torch.float16)
+    # Not its schema test, which multiplies every argument by something: float8 has no product.
+    utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(operator, arguments, test_utils=utils)
