@@ -9,7 +9,7 @@ Many tokens: the weight is decoded (`scalesweep_hf.kernels.decoding`) and cuBLAS
 """
 
 # Tuples grow in kernels.
-# mypy: disable-error-code="assignment,misc"
+# mypy: disable-error-code="assignment,misc,unreachable,var-annotated"
 
 import ctypes
 import math
@@ -24,6 +24,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from scalesweep_hf.kernels.decoding import REST, decode, factor, halves, in_words, pairs
 from scalesweep_hf.ops.blocks import row_slices
 
+# What Triton makes of a layout changed after 3.6: threads go to the dimension last in order, not
+# first, where none is contiguous, and an operand has two columns of a thread in a row, not four.
+# Only speed depends on it: the wrong guess moves operands through shared memory.
+NEW_LAYOUTS = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
+LAST_FIRST = tl.constexpr(NEW_LAYOUTS)
+IN_PAIRS = tl.constexpr(NEW_LAYOUTS)
 # Tokens that the first kernel takes, and tokens a tile.
 FEW = 32
 TILE = tl.constexpr(8)
@@ -36,49 +42,51 @@ FINISHED = 2048
 
 
 @triton.jit
-def _load(
-    x_ptr,
-    packed_ptr,
-    scale_ptr,
-    first,
-    strip,
-    N,
-    K,
-    tokens,
-    TILES: tl.constexpr,
-    R: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    """Load a strip [W] of R times eight rows, and x there, eight tokens and 8 columns at a time.
-
-    Returns:
-        R words [8, W, 16] int32; R pairs of scales [8, W, 4] int16; four [4, 8, W, 8] of x a tile.
-    """
+def _load_strip(packed_ptr, scale_ptr, first, strip, N, K, R: tl.constexpr, EVEN: tl.constexpr):
+    """Load a strip [W] of R times eight rows: words [8, W, 16] int32, scales [8, W, 4] int16."""
     groups = K // 32  # of a thread's columns
     eight = tl.arange(0, 8)
     word = strip[:, None] * 16 + tl.arange(0, 16)[None, :]
     pair = strip[:, None] * 4 + tl.arange(0, 4)[None, :]
     words = ()
     scales = ()
-    x = ()
     for r in tl.static_range(R):
-        row = tl.minimum(first + r * 8 + eight, N - 1).to(tl.int64)[:, None, None]
-        of_word = packed_ptr + (row * (groups * 4) + word[None, :, :])
-        of_pair = scale_ptr + (row * groups + pair[None, :, :])
-        if EVEN:
-            words = words + (tl.load(of_word),)
-            scales = scales + (tl.load(of_pair),)
-        else:
-            words = words + (tl.load(of_word, mask=(word < groups * 4)[None, :, :], other=0),)
-            scales = scales + (tl.load(of_pair, mask=(pair < groups)[None, :, :], other=0),)
-    k = strip[None, None, :, None] * 128 + eight[None, None, None, :]
-    k += tl.arange(0, 4)[:, None, None, None] * 32
+        row = tl.minimum(first + r * 8 + eight, N - 1).to(tl.int64)
+        words = words + (_rows(packed_ptr, row, word, groups * 4, EVEN),)
+        scales = scales + (_rows(scale_ptr, row, pair, groups, EVEN),)
+    return words, scales
+
+
+@triton.jit
+def _load_x(x_ptr, strip, K, tokens, TILES: tl.constexpr, EVEN: tl.constexpr):
+    """Load x at a strip [W], eight tokens and eight columns at a time: four [4, 8, W, 8] a tile."""
+    eight = tl.arange(0, 8)
+    x = ()
+    k = tl.arange(0, 4)[:, None, None, None] * 32 + eight[None, None, None, :]
+    strip = strip[None, None, :, None]
+    if LAST_FIRST:
+        k = tl.permute(k, (2, 1, 0, 3))
+        strip = tl.permute(strip, (2, 1, 0, 3))
+    k += strip * 128
     for tile in tl.static_range(TILES):
         token = tl.minimum(tile * TILE + eight, tokens - 1)[None, :, None, None]
         for q in tl.static_range(4):
             at = x_ptr + (token * K + k + 8 * q)
-            x = x + (tl.load(at) if EVEN else tl.load(at, mask=k + 8 * q < K, other=0.0),)
-    return words, scales, x
+            part = tl.load(at) if EVEN else tl.load(at, mask=k + 8 * q < K, other=0.0)
+            x = x + (tl.permute(part, (2, 1, 0, 3)) if LAST_FIRST else part,)
+    return x
+
+
+@triton.jit
+def _rows(ptr, row, at, width, EVEN: tl.constexpr):
+    """Load places [W, n] of rows [8], width long: [8, W, n]."""
+    if LAST_FIRST:
+        row, at = row[None, :, None], at[:, None, :]
+    else:
+        row, at = row[:, None, None], at[None, :, :]
+    where = ptr + (row * width + at)
+    result = tl.load(where) if EVEN else tl.load(where, mask=at < width, other=0)
+    return tl.permute(result, (1, 0, 2)) if LAST_FIRST else result
 
 
 @triton.jit
@@ -104,7 +112,11 @@ def _weights(upper, lower, upper_scale, lower_scale, W: tl.constexpr, BFLOAT16: 
         b0, b4 = halves(b[i], lower_scale, BFLOAT16)
         columns = columns + (tl.join(tl.join(a0, a4), tl.join(b0, b4)),)  # [8, W, 4, half, rows]
     tile = tl.join(tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3]))
-    return tl.reshape(tl.permute(tile, (1, 4, 0, 5, 2, 6, 3)), (W, 16, 32))
+    if IN_PAIRS:
+        tile = tl.permute(tile, (1, 4, 0, 5, 6, 2, 3))
+    else:
+        tile = tl.permute(tile, (1, 4, 0, 5, 2, 6, 3))
+    return tl.reshape(tile, (W, 16, 32))
 
 
 @triton.jit
@@ -121,8 +133,12 @@ def _add(
     """Add a strip's products to sums, a [W, 16, TILE] for each 16 rows and tile of tokens."""
     operands = ()
     for i in tl.static_range(4 * TILES):
-        codes = tl.permute(tl.reshape(x[i], (4, 8, W, 2, 2, 2)), (2, 4, 0, 5, 3, 1))
-        operands = operands + (tl.reshape(codes, (W, 32, TILE)),)
+        columns = tl.reshape(x[i], (4, 8, W, 2, 2, 2))
+        if IN_PAIRS:
+            columns = tl.permute(columns, (2, 4, 5, 0, 3, 1))
+        else:
+            columns = tl.permute(columns, (2, 4, 0, 5, 3, 1))
+        operands = operands + (tl.reshape(columns, (W, 32, TILE)),)
     result = ()
     for m in tl.static_range(R // 2):
         upper, lower = _quarters(words[2 * m], W), _quarters(words[2 * m + 1], W)
@@ -144,6 +160,17 @@ def _add(
             mine = added
         result = result + mine
     return result
+
+
+@triton.jit
+def _stacked(parts, COUNT: tl.constexpr, W: tl.constexpr):
+    """Stack a power of two of [W, 16, TILE] to [W, 16, TILE, COUNT]."""
+    for level in tl.static_range((COUNT > 1) + (COUNT > 2) + (COUNT > 4) + (COUNT > 8)):
+        joined = ()
+        for i in tl.static_range(COUNT >> (level + 1)):
+            joined = joined + (tl.join(parts[i], parts[i + (COUNT >> (level + 1))]),)
+        parts = joined
+    return tl.reshape(parts[0], (W, 16, TILE, COUNT))
 
 
 @triton.jit
@@ -172,27 +199,26 @@ def _few_kernel(
     sums = ()
     for _ in tl.static_range(R // 2 * TILES):
         sums = sums + (tl.zeros((W, 16, TILE), tl.float32),)
-    args = (x_ptr, packed_ptr, block_scale_ptr, first)
-    words, scales, x = _load(*args, strip, N, K, tokens, TILES, R, EVEN)
-    for step in range(STEPS):  # loads run a step ahead
-        next_strip = strip + tl.minimum(step + 1, STEPS - 1)
-        next_words, next_scales, next_x = _load(*args, next_strip, N, K, tokens, TILES, R, EVEN)
+    words, scales = _load_strip(packed_ptr, block_scale_ptr, first, strip, N, K, R, EVEN)
+    for step in range(STEPS):
+        ahead = strip + tl.minimum(step + 1, STEPS - 1)
+        more, more_scales = _load_strip(packed_ptr, block_scale_ptr, first, ahead, N, K, R, EVEN)
+        # Without it, ptxas loads what is ahead after all else, and every step waits for memory.
+        tl.debug_barrier()
+        x = _load_x(x_ptr, strip + step, K, tokens, TILES, EVEN)
         sums = _add(sums, words, scales, x, TILES, R, W, BFLOAT16)
-        words, scales, x = next_words, next_scales, next_x
+        words, scales = more, more_scales
     scale = tl.load(tensor_scale_ptr)
     if SCALES_INPUT:
         scale = tl.load(input_scale_ptr) * scale
-    for m in tl.static_range(R // 2):
-        row = first + m * 16 + tl.arange(0, 16)
-        for tile in tl.static_range(TILES):
-            y = tl.sum(sums[m * TILES + tile], axis=0) * REST * scale  # [16, TILE]
-            if BIAS:
-                bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-                y = y + bias[:, None]
-            token = tile * TILE + tl.arange(0, 8)
-            where = token[None, :].to(tl.int64) * N + row[:, None]
-            inside = (token < tokens)[None, :] & (row < N)[:, None]
-            tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = tl.sum(_stacked(sums, R // 2 * TILES, W), axis=0) * REST * scale  # [16, TILE, ..]
+    part = tl.arange(0, R // 2 * TILES)[None, None, :]
+    row = first + (part // TILES) * 16 + tl.arange(0, 16)[:, None, None]
+    token = (part % TILES) * TILE + tl.arange(0, 8)[None, :, None]
+    if BIAS:
+        y += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+    where = y_ptr + (token.to(tl.int64) * N + row)
+    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(token < tokens) & (row < N))
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from torch import Tensor
 from scalesweep_hf import quantize
 from scalesweep_hf.modules.linear import LinearRecipe, NVFP4Linear
 from scalesweep_hf.ops.blocks import BACKENDS, Backend
-from scalesweep_hf.ops.linear import linear
+from scalesweep_hf.ops.linear import linear, quantized_linear
 from scalesweep_hf.ops.nvfp4 import NVFP4Tensor
 
 # Interpreted kernels are numpy, which warns of NaN and overflow.
@@ -206,3 +206,87 @@ def test_the_operator_keeps_what_torch_asks_of_operators(twin: Backend, device: 
     # Not its schema test, which multiplies every argument by something: float8 has no product.
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, arguments, test_utils=utils)
+
+
+def needs_cuda() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    importlib.import_module("scalesweep_hf.kernels.blocks")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [1, 16, 40, 1024])
+@pytest.mark.parametrize("activations", [None, "mse"])
+def test_cuda_graphs_replay_products(t: int, activations: str | None) -> None:
+    needs_cuda()
+    w, x = matrix(256, 512, "cuda"), tokens(t, 512, dtype=torch.bfloat16, device="cuda")
+    input_scale = torch.tensor(0.01, device="cuda")
+
+    def run() -> Tensor:
+        if activations is None:
+            return linear(x, w, backend="triton")
+        options: dict[str, Any] = {"input_scale": input_scale, "objective": activations}
+        options |= {"importance": None, "window": "bounded", "backend": "triton"}
+        return quantized_linear(x, w, None, **options)
+
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        run()  # compiles
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        y = run()
+    x.copy_(tokens(2, t, 512, dtype=torch.bfloat16, device="cuda")[1])
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(y, run())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("biased", [False, True])
+def test_scales_that_cublas_applies_come_after_the_sum_too(
+    dtype: torch.dtype, biased: bool
+) -> None:
+    needs_cuda()
+    twin = BACKENDS["triton"]
+    w, x = matrix(384, 512, "cuda", 0.0123), tokens(1100, 512, dtype=dtype, device="cuda")
+    w = NVFP4Tensor(w.packed, w.block_scale, w.tensor_scale * 2.0**-9)
+    bias = tokens(384, dtype=dtype, device="cuda") if biased else None
+    input_scale = torch.tensor(0.77, device="cuda")
+    check(multiply(twin, x, w, bias=bias), x, w, w.tensor_scale, bias)
+    y = multiply(twin, x, w, bias=bias, input_scale=input_scale)
+    check(y, x, w, input_scale * w.tensor_scale, bias)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("t", [1, 1100])
+def test_a_scale_that_changes_is_noticed(t: int) -> None:
+    needs_cuda()
+    twin = BACKENDS["triton"]
+    w, x = matrix(384, 512, "cuda"), tokens(t, 512, dtype=torch.bfloat16, device="cuda")
+    multiply(twin, x, w)
+    w.tensor_scale.mul_(1.37)
+    check(multiply(twin, x, w), x, w, w.tensor_scale)
+    w.tensor_scale.data.mul_(0.71)  # which torch does not count as a change
+    exact = x.double() @ w.values(torch.float32).double().T * w.tensor_scale
+    error = (multiply(twin, x, w).double() - exact).abs()
+    assert (error <= 2.0**-7 * (exact.abs() + exact.abs().mean())).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("t", [2, 40])
+def test_more_weights_than_int32_counts(t: int) -> None:
+    needs_cuda()
+    n, k = (1 << 17) + 5, 1 << 14
+    generator = torch.Generator("cuda").manual_seed(0)
+    packed = torch.randint(
+        0, 256, (n, k // 2), generator=generator, dtype=torch.uint8, device="cuda"
+    )
+    scale = torch.full((n, k // 16), 56, dtype=torch.uint8, device="cuda")
+    w = NVFP4Tensor(packed, scale.view(torch.float8_e4m3fn), torch.tensor(0.1, device="cuda"))
+    x = tokens(t, k, dtype=torch.bfloat16, device="cuda")
+    y = multiply(BACKENDS["triton"], x, w)
+    for part in (slice(0, 64), slice(n - 64, n)):
+        rows = NVFP4Tensor(w.packed[part], w.block_scale[part], w.tensor_scale)
+        check(y[:, part], x, rows, w.tensor_scale)
