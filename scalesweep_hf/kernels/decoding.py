@@ -187,6 +187,7 @@ def decode(
             WORDS=WORDS,
             STEPS=STEPS,
             num_warps=WARPS,
+            enable_fp_fusion=False,
         )
 
 

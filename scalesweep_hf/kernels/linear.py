@@ -24,14 +24,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from scalesweep_hf.kernels.decoding import REST, decode, factor, halves, in_words, pairs
 from scalesweep_hf.ops.blocks import row_slices
 
-# What Triton makes of a layout changed after 3.6: threads go to the dimension last in order, not
-# first, where none is contiguous, and an operand has two columns of a thread in a row, not four.
-# Only speed depends on it: the wrong guess moves operands through shared memory.
-NEW_LAYOUTS = tuple(map(int, triton.__version__.split(".")[:2])) > (3, 6)
-LAST_FIRST = tl.constexpr(NEW_LAYOUTS)
-IN_PAIRS = tl.constexpr(NEW_LAYOUTS)
-# Tokens that the first kernel takes, and tokens a tile.
-FEW = 32
+# What Triton makes of layouts has changed: from 3.7 on, threads go first to the last dimension, no
+# longer to the first, among those without contiguous elements; from 3.8 on, an operand has two
+# columns of a thread in a row, no longer four. A wrong guess only costs speed: operands then move
+# through shared memory (tests/kernels/test_linear.py looks for that).
+_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
+LAST_FIRST = tl.constexpr(_VERSION >= (3, 7))
+IN_PAIRS = tl.constexpr(_VERSION >= (3, 8))
+# Tokens that the first kernel takes, and tokens a tile; before 3.5, Triton has no tiles so narrow.
+FEW = 32 if _VERSION >= (3, 5) else 0
 TILE = tl.constexpr(8)
 # Weight elements decoded at a time: half a GB. A launch more costs less than a smaller product.
 DECODED = 1 << 28
@@ -309,6 +310,7 @@ def _multiply_few(
             SCALES_INPUT=input_scale is not None,
             BIAS=bias is not None,
             num_warps=warps,
+            enable_fp_fusion=False,
         )
     return y
 
@@ -392,6 +394,7 @@ def _finish(product: Tensor, scales: Scales, bias: Tensor | None, dtype: torch.d
                 BIAS=bias is not None,
                 BLOCK=FINISHED,
                 num_warps=4,
+                enable_fp_fusion=False,
             )
     return y
 

@@ -1,6 +1,10 @@
 """Products agree with float64 to the rounding of float32 sums, interpreted or on a GPU."""
 
 import importlib
+import os
+import re
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -206,6 +210,40 @@ def test_the_operator_keeps_what_torch_asks_of_operators(twin: Backend, device: 
     # Not its schema test, which multiplies every argument by something: float8 has no product.
     utils = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(operator, arguments, test_utils=utils)
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from scalesweep_hf.kernels.linear import _few_kernel
+
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+types = {"x_ptr": "*bf16", "packed_ptr": "*i32", "block_scale_ptr": "*i16", "y_ptr": "*bf16"}
+types |= {"tensor_scale_ptr": "*fp32", "input_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
+types |= {"N": "i32", "K": "i32", "tokens": "i32"}
+constants = {"TILES": 2, "R": 4, "W": 8, "STEPS": 4, "EVEN": True}
+constants |= {"SCALES_INPUT": False, "BIAS": False}
+signature = {name: types.get(name, "constexpr") for name in _few_kernel.arg_names}
+names = [name for name in types if name != "tokens"]
+aligned = {(_few_kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
+source = ASTSource(_few_kernel, signature, constants, aligned)
+kernel = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=OPTIONS)
+print(kernel.asm["ptx"])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+def test_operands_are_loaded_and_decoded_where_they_are_multiplied(capability: int) -> None:
+    """Before the last product, nothing goes through shared memory or to other threads."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    script = COMPILE.replace("CAPABILITY", str(capability))
+    env = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    products = done.stdout[: done.stdout.rindex("mma.sync")]
+    assert not re.findall(r"(?:ld|st)\.shared|shfl|matrix", products)
 
 
 def needs_cuda() -> None:
