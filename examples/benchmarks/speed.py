@@ -1,123 +1,78 @@
-"""Time quantizing blocks on a GPU against copying them.
+"""Time this package and its peers side by side, in one process.
 
-    python examples/benchmarks/speed.py                     # 8192 x 8192, bfloat16
-    python examples/benchmarks/speed.py --rows 1 16 4096 --output speed.json
+    python examples/benchmarks/speed.py
+    python examples/benchmarks/speed.py --only blocks linear --output results
 
-Prints a Markdown table of medians and quartiles, in microseconds. Inputs rotate through more memory
-than the cache of the device holds. "share" is the bandwidth reached, bytes read and written over
-time, of that of a copy of the input in the same run.
+Subjects: quantizing blocks, a Linear, decode attention and decoding with a whole model, on a CUDA
+device; and quantizing on the CPU. Peers are measured where they are installed (`pip install
+'.[bench]'`; fouroversix: docs/speed.md). What is absent or fails is named in its table. Writes
+speed.md and speed.json.
 """
 
 import argparse
-import json
-import statistics
-from collections.abc import Callable
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from subjects import attention, blocks, cpu, decode, linear
+from tables import Table, about, preface, write
+from timing import Measurement, Settings, failure
 
-import scalesweep_hf
-from scalesweep_hf.kernels import resolve
-from scalesweep_hf.ops.blocks import BACKENDS
-from scalesweep_hf.ops.nvfp4 import compute_tensor_scale
-from scalesweep_hf.ops.objectives import OBJECTIVES, RUNTIME_OBJECTIVES
-
-CACHE = 256 << 20
+SUBJECTS = {
+    "blocks": blocks,
+    "linear": linear,
+    "attention": attention,
+    "decode": decode,
+    "cpu": cpu,
+}
 
 
 def main() -> None:
-    """Time every objective at every size."""
+    """Measure, print and write."""
     args = parse_arguments()
-    results = [
-        measure(rows, args.columns, args.backend, args.repeats, objective)
-        for rows in args.rows
-        for objective in ("copy", *RUNTIME_OBJECTIVES)
-    ]
-    report(results)
-    if args.output is not None:
-        versions = {"scalesweep_hf": scalesweep_hf.__version__, "torch": torch.__version__}
-        about = {"device": torch.cuda.get_device_name(), "versions": versions}
-        args.output.write_text(json.dumps(about | {"results": results}, indent=2))
+    settings = Settings(args.device, args.tiny, args.repeats, args.threads, args.dtype, args.shape)
+    facts = about(settings)
+    print(preface(facts), flush=True)
+    tables: dict[str, Table] = {}
+    for name in args.only:
+        subject = SUBJECTS[name]
+        tables[name] = table = Table(subject.TITLE, subject.NOTE, subject.UNIT)
+        begin = time.perf_counter()
+        for row in rows(name, settings):
+            table.rows.append(row)
+            table.seconds = time.perf_counter() - begin
+            write(args.output, facts, tables)
+            print(f"{name}: {row.case}, {row.what}", file=sys.stderr, flush=True)
+        print(table.markdown(), flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rows", type=int, nargs="+", default=[8192])
-    parser.add_argument("--columns", type=int, default=8192)
-    parser.add_argument("--backend", default="auto", choices=["auto", "torch", "triton"])
-    parser.add_argument("--repeats", type=int, default=50)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file")
+    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    parser.add_argument("--output", type=Path, default=Path("speed"), help="folder")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try out")
+    parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
+    parser.add_argument("--repeats", type=int, default=50, help="at the most")
+    parser.add_argument("--shape", choices=list(decode.SHAPES), default="8b", help="of the Llama")
+    parser.add_argument("--threads", type=int, default=2, help="of the cpu subject")
+    parser.add_argument("--dtype", choices=list(cpu.DTYPES), default="float32", help="likewise")
     return parser.parse_args()
 
 
-def measure(rows: int, columns: int, backend: str, repeats: int, objective: str) -> dict[str, Any]:
-    """Time one objective at one size: packing and rounding; or copying."""
-    size = rows * columns
-    copies = max(CACHE // (2 * size), 1)
-    inputs = torch.randn(copies, rows, columns, device="cuda").to(torch.bfloat16)
-    result: dict[str, Any] = {"rows": rows, "columns": columns, "what": objective}
-    if objective == "copy":
-        target = torch.empty_like(inputs[0])
-        return result | {"copy": timed(lambda x: target.copy_(x), inputs, repeats)}
-    scale = compute_tensor_scale(inputs.abs().amax(), objective)
-    weight = torch.rand(columns, device="cuda") if OBJECTIVES[objective].weighted else None
-    chosen = BACKENDS[resolve(backend)]
-    options: dict[str, Any] = {"objective": objective, "importance": weight}
-    pack = timed(lambda x: chosen.encode_blocks(x, scale, **options), inputs, repeats)
-    around = timed(lambda x: chosen.round_blocks(x, scale, **options), inputs, repeats)
-    return result | {"pack": pack, "round": around}
-
-
-def timed(
-    function: Callable[[torch.Tensor], object], inputs: torch.Tensor, repeats: int
-) -> list[float]:
-    """Return the quartiles of the time of one call, microseconds of the device."""
-    for x in inputs[:3]:
-        function(x)
-    torch.cuda.synchronize()
-    times = []
-    for i in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(1_000_000)  # launches queue up behind it, so that they do not count
-        start.record()
-        function(inputs[i % len(inputs)])
-        stop.record()
-        stop.synchronize()
-        times.append(1000 * start.elapsed_time(stop))
-    return statistics.quantiles(times, n=4)
-
-
-def report(results: list[dict[str, Any]]) -> None:
-    """Print the table."""
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(
-        "| rows x columns | what | pack, us (quartiles) | share | round, us (quartiles) | share |"
-    )
-    print("|---|---|---|---|---|---|")
-    copied: dict[int, float] = {}
-    for result in results:
-        size = result["rows"] * result["columns"]
-        name = f"| {result['rows']} x {result['columns']} | {result['what']} "
-        if "copy" in result:
-            copied[size] = 4 * size / result["copy"][1]
-            print(f"{name}| {show(result['copy'])} | 1 | | |")
-            continue
-        share = [
-            moved * size / result[key][1] / copied[size]
-            for key, moved in (("pack", 2 + 9 / 16), ("round", 4))
-        ]
-        print(
-            f"{name}| {show(result['pack'])} | {share[0]:.2f} | {show(result['round'])} "
-            f"| {share[1]:.2f} |"
-        )
-
-
-def show(quartiles: list[float]) -> str:
-    """Format a median and the quartiles beside it."""
-    low, median, high = quartiles
-    return f"{median:.1f} ({low:.1f} to {high:.1f})"
+def rows(name: str, settings: Settings) -> Iterator[Measurement]:
+    """Measure one subject; what ends it is a row too, and the other subjects go on."""
+    if name != "cpu" and settings.device == "cuda" and not torch.cuda.is_available():
+        yield Measurement("", "all", problem="not run: no CUDA device")
+        return
+    try:
+        yield from SUBJECTS[name].measure(settings)
+    except Exception as error:  # noqa: BLE001  whatever it is
+        yield failure("", "the rest", error)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

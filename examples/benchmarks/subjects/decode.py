@@ -1,0 +1,107 @@
+"""Decoding one token at a time with a whole Llama of random weights."""
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from timing import Measurement, Settings, attempt, captured, quartiles, timed
+from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.utils import logging
+
+from scalesweep_hf import NVFP4StaticCache, ScaleSweepConfig, ScaleSweepHfQuantizer
+
+TITLE = "Decoding with a whole model"
+UNIT = "µs per token"
+NOTE = (
+    "A Llama of random weights in bfloat16, batch 1, behind a prompt of random tokens in a static "
+    "cache of 1,024: one forward pass of one token, recorded as a CUDA graph and replayed, without "
+    "sampling; “no graph” says where that was not possible. GB: of parameters that a token reads. "
+    "W4A16: scheme W. The head and the embedding stay in bfloat16."
+)
+SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
+    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256},
+}
+CONTEXT, STEPS = 1024, 64
+
+
+def measure(settings: Settings) -> Iterator[Measurement]:
+    """Measure every scheme, a fresh model each."""
+    logging.disable_progress_bar()
+    shape = "tiny" if settings.tiny else settings.shape
+    base = float("nan")
+    for what, scheme in {"bfloat16": None, "W4A16": "W", "WAKVQ": "WAKVQ"}.items():
+        facts: dict[str, float | str] = {}
+
+        def run(scheme: str | None = scheme, facts: dict[str, float | str] = facts) -> list[float]:
+            model = build(shape, settings.device)
+            if scheme is not None:
+                quantize_in_place(model, scheme)
+            with torch.no_grad():
+                times, reason = decode(model, scheme, settings)
+            embedding = model.get_input_embeddings().weight
+            used = sum(p.nbytes for p in model.parameters()) - embedding.nbytes
+            facts["GB"] = used / 1e9
+            if reason:
+                facts["no graph"] = reason
+            return times
+
+        row = attempt(f"Llama {shape}", what, run)
+        if scheme is None:
+            base = row.median
+        if row.quartiles is not None:
+            row.figures["tokens/s"] = 1e6 / row.median
+            row.figures["speed-up"] = base / row.median
+            row.figures |= facts
+        gc.collect()
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
+        yield row
+
+
+def build(shape: str, device: str) -> Any:
+    """Return a random Llama in bfloat16, made on the device."""
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0)
+    config._attn_implementation = "sdpa"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+    return model.eval()
+
+
+def quantize_in_place(model: Any, scheme: str) -> None:
+    """Do what from_pretrained does around loading, to a model that is there already."""
+    if scheme == "W":
+        config = ScaleSweepConfig(scheme=scheme, objective="mse", dataset=None)
+    else:
+        tokens = torch.randint(3, model.config.vocab_size, (4, 256))
+        config = ScaleSweepConfig(scheme=scheme, dataset=tokens)
+    quantizer = ScaleSweepHfQuantizer(config, pre_quantized=False)
+    quantizer.preprocess_model(model=model)
+    quantizer.postprocess_model(model)
+
+
+def decode(model: Any, scheme: str | None, settings: Settings) -> tuple[list[float], str]:
+    """Return quartiles of the time of a token, and why there is no graph."""
+    kind: Callable[..., Any] = NVFP4StaticCache if scheme == "WAKVQ" else StaticCache
+    context = 2 * STEPS if settings.tiny else CONTEXT
+    cache = kind(config=model.config, max_cache_len=context)
+    prompt = torch.randint(3, model.config.vocab_size, (1, context - STEPS), device=settings.device)
+    model(input_ids=prompt, past_key_values=cache, use_cache=True)
+    token = prompt[:, -1:].clone()
+
+    def step() -> None:
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+
+    replay, reason = captured(step, settings.device)
+    repeats = min(settings.repeats, STEPS - 8)  # warming up takes some; the cache ends there
+    return quartiles(lambda _: timed(replay, settings.device), repeats), reason
