@@ -154,7 +154,14 @@ def quartiles(measure: Callable[[int], float], repeats: int) -> list[float]:
         times.append(measure(i))
         if len(times) >= ENOUGH and time.perf_counter() - begin > SECONDS:
             break
-    return statistics.quantiles(times, n=4) if len(times) > 1 else 3 * times
+    return three(times)
+
+
+def three(times: list[float]) -> list[float]:
+    """Return the quartiles of times, all of them within what was measured."""
+    if len(times) == 1:
+        return 3 * times
+    return statistics.quantiles(times, n=4, method="inclusive")
 
 
 def copies(nbytes: int, settings: Settings) -> int:

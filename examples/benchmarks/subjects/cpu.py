@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from timing import Measurement, Settings, failure
+from timing import Measurement, Settings, failure, three
 from torch import Tensor
 
 from scalesweep_hf.kernels import HAS_NUMBA
@@ -100,7 +100,7 @@ def report(
     """Yield a row for every way."""
     peer = found.get("torchao absmax")
     for name, way in found.items():
-        cpu = statistics.quantiles(way.cpu, n=4) if len(way.cpu) > 1 else 3 * way.cpu
+        cpu = three(way.cpu)
         figures: dict[str, float | str] = {
             "wall": statistics.median(way.wall),
             "first call, s": way.first,

@@ -48,20 +48,16 @@ def modelopt_sweep(amax: Tensor) -> Way:
 def modelopt_sweep_cpu(amax: Tensor) -> Way:
     """Return Model-Optimizer's sweep of all 126 scales on a CPU: scales only.
 
-    Its loop over scales and its E2M1 rounding; the product of both is ours, since its own needs
-    CUDA.
+    Its loop over scales, its E2M1 rounding and its table of values; what joins them is ours, since
+    its own needs CUDA.
     """
     from modelopt.torch.quantization.calib.mse import NVFP4MSECalibrator
     from modelopt.torch.quantization.qtensor import NVFP4QTensor
 
-    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
-    signed = torch.cat([values, -values])
-
     def fake(x: Tensor, block_amax: Tensor) -> Tensor:
         scale = block_amax.reshape(-1, 1) / 6
-        codes = NVFP4QTensor._cast_fp4(x / scale)  # [blocks, 8] uint8, two codes a byte
-        pair = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
-        return signed[pair.long()] * scale
+        codes = NVFP4QTensor._cast_fp4(x / scale)
+        return NVFP4QTensor.get_e2m1_values(x.device)[codes.long()] * scale
 
     def sweep(x: Tensor) -> object:
         blocks = x.reshape(-1, 16)
