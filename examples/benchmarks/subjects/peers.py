@@ -57,7 +57,8 @@ def modelopt_sweep_cpu(amax: Tensor) -> Way:
     def fake(x: Tensor, block_amax: Tensor) -> Tensor:
         scale = block_amax.reshape(-1, 1) / 6
         codes = NVFP4QTensor._cast_fp4(x / scale)
-        return NVFP4QTensor.get_e2m1_values(x.device)[codes.long()] * scale
+        values: Tensor = NVFP4QTensor.get_e2m1_values(x.device)[codes.long()]
+        return values * scale
 
     def sweep(x: Tensor) -> object:
         blocks = x.reshape(-1, 16)
