@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from subjects import attention, blocks, cpu, decode, linear
 from tables import Table, about, preface, write
-from timing import Measurement, Settings, failure
+from timing import Measurement, Settings, named
 
 SUBJECTS = {
     "blocks": blocks,
@@ -32,19 +32,21 @@ SUBJECTS = {
 def main() -> None:
     """Measure, print and write."""
     args = parse_arguments()
-    settings = Settings(args.device, args.tiny, args.repeats, args.threads, args.dtype, args.shape)
+    settings = Settings(
+        args.device, args.tiny, args.repeats, args.threads, args.dtype, args.shape, args.compile
+    )
     facts = about(settings)
     print(preface(facts), flush=True)
     tables: dict[str, Table] = {}
     for name in args.only:
         subject = SUBJECTS[name]
-        tables[name] = table = Table(subject.TITLE, subject.NOTE, subject.UNIT)
+        tables[name] = table = Table(subject.TITLE, subject.NOTE, subject.UNIT, subject.FIGURE)
         begin = time.perf_counter()
         for row in rows(name, settings):
             table.rows.append(row)
             table.seconds = time.perf_counter() - begin
             write(args.output, facts, tables)
-            print(f"{name}: {row.case}, {row.what}", file=sys.stderr, flush=True)
+            print(f"{name}: {row.size} {row.column}, {row.what}", file=sys.stderr, flush=True)
         print(table.markdown(), flush=True)
 
 
@@ -57,6 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
     parser.add_argument("--repeats", type=int, default=50, help="at the most")
     parser.add_argument("--shape", choices=list(decode.SHAPES), default="8b", help="of the Llama")
+    parser.add_argument("--compile", action="store_true", help="decode compiled too: minutes")
     parser.add_argument("--threads", type=int, default=2, help="of the cpu subject")
     parser.add_argument("--dtype", choices=list(cpu.DTYPES), default="float32", help="likewise")
     return parser.parse_args()
@@ -65,12 +68,12 @@ def parse_arguments() -> argparse.Namespace:
 def rows(name: str, settings: Settings) -> Iterator[Measurement]:
     """Measure one subject; what ends it is a row too, and the other subjects go on."""
     if name != "cpu" and settings.device == "cuda" and not torch.cuda.is_available():
-        yield Measurement("", "all", problem="not run: no CUDA device")
+        yield Measurement("", "", "all", note="not run: no CUDA device")
         return
     try:
         yield from SUBJECTS[name].measure(settings)
     except Exception as error:  # noqa: BLE001  whatever it is
-        yield failure("", "the rest", error)
+        yield Measurement("", "", "the rest", note=named(error))
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class Table:
         title: what was measured.
         note: how.
         unit: of the times.
+        figure: in brackets behind every median, where sizes have columns; else all figures have.
         rows: in order.
         seconds: that the subject took.
     """
@@ -34,16 +36,56 @@ class Table:
     title: str
     note: str
     unit: str
+    figure: str = ""
     rows: list[Measurement] = field(default_factory=list)
     seconds: float = 0.0
 
     def markdown(self) -> str:
         """Return title, note and table."""
+        lines = self.wide() if self.figure else self.long()
+        lines.insert(1, ["---"] * len(lines[0]))
+        return "\n".join([f"## {self.title}", "", self.note, "", *map(line, lines)]) + "\n"
+
+    def long(self) -> list[list[str]]:
+        """Return a row for every measurement."""
         names = list(dict.fromkeys(name for row in self.rows for name in row.figures))
-        head = ["size", "what", f"{self.unit} (quartiles)", *names]
-        lines = [f"## {self.title}", "", self.note, "", line(head), line(["---"] * len(head))]
-        lines += [line(cells(row, names)) for row in self.rows]
-        return "\n".join(lines) + "\n"
+        lines = [["size", "what", f"{self.unit} (quartiles)", *names, "notes"]]
+        for row in self.rows:
+            time = ""
+            if row.quartiles is not None:
+                low, median, high = map(number, row.quartiles)
+                time = f"{median} ({low} to {high})"
+            figures = [number(row.figures[name]) if name in row.figures else "" for name in names]
+            lines.append([row.size, row.what, time, *figures, row.note])
+        return lines
+
+    def wide(self) -> list[list[str]]:
+        """Return a row for everything measured at several sizes, with its spread."""
+        columns = list(dict.fromkeys(row.column for row in self.rows))
+        together: dict[tuple[str, str], dict[str, Measurement]] = {}
+        for row in self.rows:
+            together.setdefault((row.size, row.what), {})[row.column] = row
+        lines = [["size", f"{self.unit} ({self.figure})", *columns, "spread", "notes"]]
+        named = any(size for size, _ in together)
+        for (size, what), found in together.items():
+            entries = [self.cell(found.get(column)) for column in columns]
+            notes = "; ".join(dict.fromkeys(row.note for row in found.values() if row.note))
+            lines.append([size, what, *entries, spread(found.values()), notes])
+        return lines if named else [entries[1:] for entries in lines]
+
+    def cell(self, row: Measurement | None) -> str:
+        """Return a median, and in brackets what follows from it."""
+        if row is None or row.quartiles is None:
+            return ""
+        if self.figure not in row.figures:
+            return number(row.median)
+        return f"{number(row.median)} ({row.figures[self.figure]:.2f})"
+
+
+def spread(rows: Iterable[Measurement]) -> str:
+    """Return the largest interquartile range, relative to its median."""
+    ranges = [(q[2] - q[0]) / q[1] for q in (row.quartiles for row in rows) if q is not None]
+    return f"{100 * max(ranges):.1f} %" if ranges else ""
 
 
 def line(entries: list[str]) -> str:
@@ -51,20 +93,8 @@ def line(entries: list[str]) -> str:
     return f"| {' | '.join(entry.replace('|', '/') for entry in entries)} |"
 
 
-def cells(row: Measurement, names: list[str]) -> list[str]:
-    """Return the cells of a row."""
-    if row.quartiles is None:
-        shown = row.problem
-    else:
-        low, median, high = map(number, row.quartiles)
-        shown = f"{median} ({low} to {high})"
-    return [row.case, row.what, shown, *(number(row.figures.get(name, "")) for name in names)]
-
-
-def number(value: float | str) -> str:
-    """Return a number with three significant digits or more; strings as they are."""
-    if isinstance(value, str):
-        return value
+def number(value: float) -> str:
+    """Return a number with three significant digits or more."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -105,8 +135,8 @@ def preface(facts: dict[str, Any]) -> str:
     """Return the lines above the tables."""
     devices = "; ".join(facts["devices"].values())
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    about = f"{devices}; {versions}. Times are medians, with their quartiles."
-    return f"`{facts['command']}`\n\n{about}\n"
+    spreads = "Spread: the largest interquartile range of a row, relative to its median."
+    return f"`{facts['command']}`\n\n{devices}; {versions}. Times are medians. {spreads}\n"
 
 
 def write(folder: Path, facts: dict[str, Any], tables: dict[str, Table]) -> None:

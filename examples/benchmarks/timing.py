@@ -31,6 +31,7 @@ class Settings:
         threads: of the CPU subject.
         dtype: of the CPU subject.
         shape: of the decoding model.
+        compiled: measure the decoding model through torch.compile too.
     """
 
     device: str = "cuda"
@@ -39,25 +40,28 @@ class Settings:
     threads: int = 2
     dtype: str = "float32"
     shape: str = "8b"
+    compiled: bool = False
 
 
 @dataclass
 class Measurement:
-    """One row of a table.
+    """One time, and what follows from it.
 
     Attributes:
-        case: the size measured.
-        what: who did what.
+        size: what was measured, as rows of the table name it.
+        column: likewise, as columns do.
+        what: who did it.
         quartiles: three times in the unit of the table; None where there is a problem.
-        figures: further columns by name.
-        problem: why there is no time.
+        figures: what follows, by name.
+        note: why there is no time, or what is particular about it.
     """
 
-    case: str
+    size: str
+    column: str
     what: str
     quartiles: list[float] | None = None
-    figures: dict[str, float | str] = field(default_factory=dict)
-    problem: str = ""
+    figures: dict[str, float] = field(default_factory=dict)
+    note: str = ""
 
     @property
     def median(self) -> float:
@@ -65,18 +69,21 @@ class Measurement:
         return float("nan") if self.quartiles is None else self.quartiles[1]
 
 
-def attempt(case: str, what: str, function: Callable[[], Sequence[float]]) -> Measurement:
-    """Measure, or say what went wrong: neither a peer nor a size stops the others."""
+def attempt(
+    size: str, column: str, what: str, function: Callable[[], tuple[list[float], str]]
+) -> Measurement:
+    """Measure quartiles and a note, or say what went wrong: no peer or size stops the others."""
     try:
-        return Measurement(case, what, list(function()))
+        found, note = function()
     except Exception as error:  # noqa: BLE001  peers fail in any way
-        return failure(case, what, error)
+        return Measurement(size, column, what, note=named(error))
+    return Measurement(size, column, what, found, note=note)
 
 
-def failure(case: str, what: str, error: Exception) -> Measurement:
-    """Return a row that names an error, by its first line."""
+def named(error: Exception) -> str:
+    """Return the kind of an error and its first line."""
     first = (str(error).strip().splitlines() or [""])[0]
-    return Measurement(case, what, problem=f"{type(error).__name__}: {first}"[:160])
+    return f"{type(error).__name__}: {first}"[:160]
 
 
 def time_calls(
@@ -96,8 +103,8 @@ def time_chain(
     """Time calls that follow each other, as one CUDA graph where they can be captured.
 
     Returns:
-        Quartiles of the time of all calls divided by their number, microseconds; and why they were
-        not captured, empty if they were.
+        Quartiles of the time of all calls divided by their number, microseconds; and a note that
+        says why they were not captured, empty if they were.
     """
 
     def run() -> None:
@@ -110,7 +117,7 @@ def time_chain(
 
 
 def captured(function: Callable[[], object], device: str) -> tuple[Callable[[], object], str]:
-    """Return a function that replays another as a CUDA graph, or the other and why it cannot."""
+    """Return a function that replays another as a CUDA graph, or the other and why not."""
     if device != "cuda":
         function()
         return function, ""
@@ -127,7 +134,7 @@ def captured(function: Callable[[], object], device: str) -> tuple[Callable[[], 
             function()
     except Exception as error:  # noqa: BLE001  what cannot be captured is measured without
         torch.cuda.synchronize()
-        return function, failure("", "", error).problem
+        return function, f"no graph: {named(error)}"
     return graph.replay, ""
 
 

@@ -49,10 +49,11 @@ def test_one_command_measures_every_subject_and_names_what_it_could_not(tmp_path
             low, median, high = row["quartiles"]
             assert 0 < low <= median <= high
         for row in subject["rows"]:
-            assert f"| {row['case']} | {row['what']} |" in text
+            assert f"| {row['what']} |" in text
+            assert row["column"] in text
             if row["quartiles"] is None:
                 assert row["what"].startswith(PEERS), row
-                assert row["problem"] in text
+                assert row["note"] in text
     whats = {row["what"] for subject in found["subjects"].values() for row in subject["rows"]}
     assert {"mse, pack", "wmse, round", "W4A16", "sdpa", "WAKVQ", "wmse, torch"} <= whats
     assert all(any(what.startswith(peer) for what in whats) for peer in PEERS)
@@ -63,7 +64,7 @@ def test_without_a_device_a_subject_says_so(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (row,) = modules["speed"].rows("linear", modules["timing"].Settings())
-    assert row.problem == "not run: no CUDA device"
+    assert row.note == "not run: no CUDA device"
 
 
 def test_a_subject_that_fails_keeps_its_rows_and_names_the_error(
@@ -72,28 +73,28 @@ def test_a_subject_that_fails_keeps_its_rows_and_names_the_error(
     timing, speed = modules["timing"], modules["speed"]
 
     def measure(settings: Any) -> Iterator[Any]:
-        yield timing.Measurement("1 x 1", "first", [1.0, 2.0, 3.0])
+        yield timing.Measurement("1 x 1", "", "first", [1.0, 2.0, 3.0])
         raise RuntimeError("out of luck\nand more")
 
     monkeypatch.setattr(speed.SUBJECTS["blocks"], "measure", measure)
     rows = list(speed.rows("blocks", timing.Settings(device="cpu")))
     assert [row.what for row in rows] == ["first", "the rest"]
-    assert rows[1].problem == "RuntimeError: out of luck"
-    table = modules["tables"].Table("T", "N", "s", rows).markdown()
-    assert "| 1 x 1 | first | 2 (1 to 3) |" in table
-    assert "|  | the rest | RuntimeError: out of luck |" in table
+    assert rows[1].note == "RuntimeError: out of luck"
+    table = modules["tables"].Table("T", "N", "s", "", rows).markdown()
+    assert "| 1 x 1 | first | 2 (1 to 3) |  |" in table
+    assert "|  | the rest |  | RuntimeError: out of luck |" in table
 
 
 def test_what_raises_is_a_row_without_a_time(modules: dict[str, ModuleType]) -> None:
     timing = modules["timing"]
 
-    def absent() -> list[float]:
+    def absent() -> tuple[list[float], str]:
         raise ModuleNotFoundError("No module named 'peer'")
 
-    row = timing.attempt("size", "peer", absent)
+    row = timing.attempt("size", "column", "peer", absent)
     assert row.quartiles is None
     assert math.isnan(row.median)
-    assert row.problem == "ModuleNotFoundError: No module named 'peer'"
+    assert row.note == "ModuleNotFoundError: No module named 'peer'"
 
 
 def test_a_slow_measurement_is_repeated_less_often(
@@ -114,10 +115,26 @@ def test_a_slow_measurement_is_repeated_less_often(
 
 def test_figures_of_one_row_make_a_column_for_all(modules: dict[str, ModuleType]) -> None:
     row = modules["timing"].Measurement
-    rows = [row("a", "x", [1.0, 1.0, 1.0]), row("a", "y", [1.0, 1.0, 1.0], {"ratio": 0.25})]
-    lines = modules["tables"].Table("T", "N", "s", rows).markdown().splitlines()
-    assert lines[-4] == "| size | what | s (quartiles) | ratio |"
-    assert lines[-2:] == ["| a | x | 1 (1 to 1) |  |", "| a | y | 1 (1 to 1) | 0.25 |"]
+    rows = [row("a", "", "x", [1.0, 1.0, 1.0]), row("a", "", "y", [1.0, 1.0, 1.0], {"ratio": 0.25})]
+    lines = modules["tables"].Table("T", "N", "s", "", rows).markdown().splitlines()
+    assert lines[-4] == "| size | what | s (quartiles) | ratio | notes |"
+    assert lines[-2:] == ["| a | x | 1 (1 to 1) |  |  |", "| a | y | 1 (1 to 1) | 0.25 |  |"]
+
+
+def test_sizes_in_columns_show_figure_spread_and_every_note(modules: dict[str, ModuleType]) -> None:
+    row = modules["timing"].Measurement
+    rows = [
+        row("a", "1", "x", [1.0, 2.0, 3.0], {"share": 0.5, "hidden": 7.0}),
+        row("a", "1", "y", note="No: such thing"),
+        row("a", "2", "x", [9.0, 10.0, 11.0], note="no graph"),
+    ]
+    table = modules["tables"].Table("T", "N", "s", "share", rows)
+    assert table.markdown().splitlines()[-4:] == [
+        "| size | s (share) | 1 | 2 | spread | notes |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| a | x | 2 (0.50) | 10 | 100.0 % | no graph |",
+        "| a | y |  |  |  | No: such thing |",
+    ]
 
 
 def test_a_model_quantized_in_place_is_the_one_that_is_quantized_on_loading(

@@ -1,1 +1,1 @@
-"""What examples/benchmarks/speed.py measures: a file each, with TITLE, NOTE, UNIT and measure."""
+"""What examples/benchmarks/speed.py measures, a file each: TITLE, NOTE, UNIT, FIGURE, measure."""

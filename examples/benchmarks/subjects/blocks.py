@@ -15,12 +15,12 @@ from subjects import peers
 
 TITLE = "Quantizing blocks"
 UNIT = "µs"
+FIGURE = "share"
 NOTE = (
     "bfloat16 to packed codes and scales (pack), or to rounded bfloat16 values (round), the "
     "largest magnitude of the tensor being known. Inputs rotate through more than 256 MB. Share: "
     "the bandwidth reached, bytes read and written over time, of that of a copy of the same "
-    "tensor. Ratio: the time, to that of our absmax of the same kind. Peers that only choose "
-    "scales are marked so."
+    "tensor. Peers that only choose scales are marked so, and measured at the first size."
 )
 SIZES = ((8192, 8192), (1, 8192), (16, 8192), (256, 8192), (4096, 8192))
 TINY = ((32, 64),)
@@ -42,30 +42,30 @@ def measure(settings: Settings) -> Iterator[Measurement]:
     for rows, columns in TINY if settings.tiny else SIZES:
         shape = (copies(2 * rows * columns, settings), rows, columns)
         inputs = torch.randn(shape, device=settings.device).to(torch.bfloat16)
-        amax = inputs.abs().amax()
-        medians: dict[str, float] = {}
-        for way in (*ours(inputs[0], amax), *theirs(amax, settings)):
+        copy = float("nan")
+        for way in (*ours(inputs), *theirs(inputs, settings)):
             row = attempt(
+                "",
                 f"{rows} x {columns}",
                 f"{way.what}, {way.kind}" if way.kind != "copy" else "copy",
-                lambda way=way, inputs=inputs: time_calls(  # type: ignore[misc]
-                    way.make(), inputs, settings.repeats, settings.device
+                lambda way=way, inputs=inputs: (  # type: ignore[misc]
+                    time_calls(way.make(), inputs, settings.repeats, settings.device),
+                    "",
                 ),
             )
-            medians[row.what] = row.median
+            if way.kind == "copy":
+                copy = row.median
             if row.quartiles is not None and way.kind != "copy":
-                row.figures["share"] = MOVED[way.kind] / 4 * medians["copy"] / row.median
-                base = "round" if way.kind == "round" else "pack"
-                row.figures["ratio"] = row.median / medians[f"absmax, {base}"]
+                row.figures["share"] = MOVED[way.kind] / 4 * copy / row.median
             yield row
 
 
-def ours(example: Tensor, amax: Tensor) -> Iterator[Way]:
+def ours(inputs: Tensor) -> Iterator[Way]:
     """Yield a copy, then this package's ways."""
-    target = torch.empty_like(example)
+    target, amax = torch.empty_like(inputs[0]), inputs.abs().amax()
     yield Way("copy", "copy", lambda: target.copy_)
     chosen = BACKENDS[resolve("auto")]
-    importance = torch.rand(example.shape[-1], device=example.device)
+    importance = torch.rand(inputs.shape[-1], device=inputs.device)
     for kind, function in (("pack", chosen.encode_blocks), ("round", chosen.round_blocks)):
         for objective in RUNTIME_OBJECTIVES:
             weight = importance if OBJECTIVES[objective].weighted else None
@@ -82,8 +82,9 @@ def ours(example: Tensor, amax: Tensor) -> Iterator[Way]:
             yield Way(objective, kind, make)
 
 
-def theirs(amax: Tensor, settings: Settings) -> Iterator[Way]:
+def theirs(inputs: Tensor, settings: Settings) -> Iterator[Way]:
     """Yield the ways of peers."""
+    amax = inputs.abs().amax()
     backend = "triton" if settings.device == "cuda" else "pytorch"
     yield Way("torchao absmax", "pack", lambda: peers.torchao(amax))
     if settings.device == "cuda":
@@ -94,6 +95,8 @@ def theirs(amax: Tensor, settings: Settings) -> Iterator[Way]:
             "pack",
             lambda rule=rule: peers.fouroversix(amax, rule, backend),  # type: ignore[misc]
         )
+    if tuple(inputs.shape[1:]) not in (SIZES[0], TINY[0]):
+        return
     make = peers.modelopt_sweep if settings.device == "cuda" else peers.modelopt_sweep_cpu
     yield Way("Model-Optimizer, 126 scales", "scales only", lambda: make(amax))
     yield Way("llm-compressor nvfp4_expanded_mse", "scales only", peers.llm_compressor)

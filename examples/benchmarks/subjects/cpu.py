@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from timing import Measurement, Settings, failure, three
+from timing import Measurement, Settings, named, three
 from torch import Tensor
 
 from scalesweep_hf.kernels import HAS_NUMBA
@@ -18,6 +18,7 @@ from subjects import peers
 
 TITLE = "Quantizing on the CPU"
 UNIT = "CPU ns per element"
+FIGURE = ""
 NOTE = (
     "4096 x 4096 from the tensor to packed codes and scales, with the search for its largest "
     "magnitude. Each figure is the CPU time of the whole process, which threads do not hide; calls "
@@ -101,15 +102,15 @@ def report(
     peer = found.get("torchao absmax")
     for name, way in found.items():
         cpu = three(way.cpu)
-        figures: dict[str, float | str] = {
+        figures: dict[str, float] = {
             "wall": statistics.median(way.wall),
             "first call, s": way.first,
         }
         if peer is not None:
             figures["ratio"] = cpu[1] / statistics.median(peer.cpu)
-        yield Measurement(case, name, cpu, figures)
+        yield Measurement(case, "", name, cpu, figures)
     for name, error in problems.items():
-        yield failure(case, name, error)
+        yield Measurement(case, "", name, note=named(error))
 
 
 def ways(x: Tensor) -> dict[str, tuple[Callable[[Tensor], Callable[[], object]], int]]:

@@ -13,10 +13,11 @@ from scalesweep_hf import NVFP4StaticCache, ScaleSweepConfig, ScaleSweepHfQuanti
 
 TITLE = "Decoding with a whole model"
 UNIT = "µs per token"
+FIGURE = ""
 NOTE = (
     "A Llama of random weights in bfloat16, batch 1, behind a prompt of random tokens in a static "
     "cache of 1,024: one forward pass of one token, recorded as a CUDA graph and replayed, without "
-    "sampling; “no graph” says where that was not possible. GB: of parameters that a token reads. "
+    "sampling; where that was not possible, a note says so. GB: of parameters that a token reads. "
     "W4A16: scheme W. The head and the embedding stay in bfloat16."
 )
 SHAPES: dict[str, dict[str, Any]] = {
@@ -27,6 +28,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256},
 }
+SCHEMES = {"bfloat16": None, "W4A16": "W", "WAKVQ": "WAKVQ"}
 CONTEXT, STEPS = 1024, 64
 
 
@@ -34,34 +36,41 @@ def measure(settings: Settings) -> Iterator[Measurement]:
     """Measure every scheme, a fresh model each."""
     logging.disable_progress_bar()
     shape = "tiny" if settings.tiny else settings.shape
-    base = float("nan")
-    for what, scheme in {"bfloat16": None, "W4A16": "W", "WAKVQ": "WAKVQ"}.items():
-        facts: dict[str, float | str] = {}
+    for compiled in (False, True) if settings.compiled else (False,):
+        base = float("nan")
+        for name, scheme in SCHEMES.items():
+            what = f"{name}, compiled" if compiled else name
+            row = measure_scheme(what, shape, scheme, compiled, settings)
+            if scheme is None:
+                base = row.median
+            if row.quartiles is not None:
+                row.figures["speed-up"] = base / row.median
+            yield row
 
-        def run(scheme: str | None = scheme, facts: dict[str, float | str] = facts) -> list[float]:
-            model = build(shape, settings.device)
-            if scheme is not None:
-                quantize_in_place(model, scheme)
-            with torch.no_grad():
-                times, reason = decode(model, scheme, settings)
-            embedding = model.get_input_embeddings().weight
-            used = sum(p.nbytes for p in model.parameters()) - embedding.nbytes
-            facts["GB"] = used / 1e9
-            if reason:
-                facts["no graph"] = reason
-            return times
 
-        row = attempt(f"Llama {shape}", what, run)
-        if scheme is None:
-            base = row.median
-        if row.quartiles is not None:
-            row.figures["tokens/s"] = 1e6 / row.median
-            row.figures["speed-up"] = base / row.median
-            row.figures |= facts
-        gc.collect()
-        if settings.device == "cuda":
-            torch.cuda.empty_cache()
-        yield row
+def measure_scheme(
+    what: str, shape: str, scheme: str | None, compiled: bool, settings: Settings
+) -> Measurement:
+    """Measure one model and forget it."""
+    gigabytes = 0.0
+
+    def run() -> tuple[list[float], str]:
+        nonlocal gigabytes
+        model = build(shape, settings.device)
+        if scheme is not None:
+            quantize_in_place(model, scheme)
+        embedding = model.get_input_embeddings().weight
+        gigabytes = (sum(p.nbytes for p in model.parameters()) - embedding.nbytes) / 1e9
+        with torch.no_grad():
+            return decode(model, scheme, compiled, settings)
+
+    row = attempt(f"Llama {shape}", "", what, run)
+    if row.quartiles is not None:
+        row.figures |= {"tokens/s": 1e6 / row.median, "GB": gigabytes}
+    gc.collect()
+    if settings.device == "cuda":
+        torch.cuda.empty_cache()
+    return row
 
 
 def build(shape: str, device: str) -> Any:
@@ -90,18 +99,21 @@ def quantize_in_place(model: Any, scheme: str) -> None:
     quantizer.postprocess_model(model)
 
 
-def decode(model: Any, scheme: str | None, settings: Settings) -> tuple[list[float], str]:
-    """Return quartiles of the time of a token, and why there is no graph."""
+def decode(
+    model: Any, scheme: str | None, compiled: bool, settings: Settings
+) -> tuple[list[float], str]:
+    """Return quartiles of the time of a token, and a note."""
     kind: Callable[..., Any] = NVFP4StaticCache if scheme == "WAKVQ" else StaticCache
     context = 2 * STEPS if settings.tiny else CONTEXT
     cache = kind(config=model.config, max_cache_len=context)
     prompt = torch.randint(3, model.config.vocab_size, (1, context - STEPS), device=settings.device)
     model(input_ids=prompt, past_key_values=cache, use_cache=True)
     token = prompt[:, -1:].clone()
+    forward = torch.compile(model.forward, dynamic=False) if compiled else model
 
     def step() -> None:
-        model(input_ids=token, past_key_values=cache, use_cache=True)
+        forward(input_ids=token, past_key_values=cache, use_cache=True)
 
-    replay, reason = captured(step, settings.device)
+    replay, note = captured(step, settings.device)
     repeats = min(settings.repeats, STEPS - 8)  # warming up takes some; the cache ends there
-    return quartiles(lambda _: timed(replay, settings.device), repeats), reason
+    return quartiles(lambda _: timed(replay, settings.device), repeats), note

@@ -16,13 +16,13 @@ from scalesweep_hf.modules.linear import (
 
 TITLE = "Linear"
 UNIT = "µs"
+FIGURE = "speed-up"
 NOTE = (
     "y = x Wᵀ in bfloat16, N x K the size of W, then the tokens in x. Each time is that of one "
     "call in a chain over weights of more than 256 MB together, in their own format, recorded as "
-    "a CUDA graph and replayed, so that launches do not count and no weight is in the cache; “no "
-    "graph” says where that was not possible. W4A16: packed weights; W4A4: packed weights and "
-    "inputs swept by wmse at every call, FP4 arithmetic simulated. Speed-up: over bfloat16. TB/s: "
-    "bytes of the weight over time."
+    "a CUDA graph and replayed, so that launches do not count and no weight is in the cache; where "
+    "that was not possible, a note says so. W4A16: packed weights; W4A4: packed weights and "
+    "inputs swept by wmse at every call, FP4 arithmetic simulated. Speed-up: over bfloat16."
 )
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 TOKENS = (1, 4, 16, 32, 4096)
@@ -38,31 +38,25 @@ def measure(settings: Settings) -> Iterator[Measurement]:
             modules: list[nn.Module] = []
             for tokens in TINY_TOKENS if settings.tiny else TOKENS:
                 x = torch.randn(tokens, k, device=settings.device).to(torch.bfloat16)
-                problems: list[str] = []
 
                 def run(
                     x: Tensor = x,
                     make: Callable[[Tensor, Tensor], nn.Module] = make,
                     modules: list[nn.Module] = modules,
-                    problems: list[str] = problems,
                     n: int = n,
-                ) -> list[float]:
+                ) -> tuple[list[float], str]:
                     if not modules:
                         modules += rotation(n, x, make, settings)
                     calls = [lambda module=module: module(x) for module in modules]
                     with torch.no_grad():
-                        found, reason = time_chain(calls, settings.repeats, settings.device)
-                    problems.append(reason)
-                    return found
+                        return time_chain(calls, settings.repeats, settings.device)
 
-                row = attempt(f"{n} x {k}, {tokens}", what, run)
+                row = attempt(f"{n} x {k}", f"{tokens} tokens", what, run)
                 if what == "bfloat16":
                     medians[tokens] = row.median
                 if row.quartiles is not None:
                     row.figures["speed-up"] = medians[tokens] / row.median
                     row.figures["TB/s"] = nbytes(modules[0]) / row.median / 1e6
-                    if problems[0]:
-                        row.figures["no graph"] = problems[0]
                 yield row
 
 
