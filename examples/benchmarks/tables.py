@@ -42,7 +42,7 @@ class Table:
 
     def markdown(self) -> str:
         """Return title, note and table."""
-        lines = self.wide() if self.figure else self.long()
+        lines = filled(self.wide() if self.figure else self.long())
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join([f"## {self.title}", "", self.note, "", *map(line, lines)]) + "\n"
 
@@ -66,12 +66,11 @@ class Table:
         for row in self.rows:
             together.setdefault((row.size, row.what), {})[row.column] = row
         lines = [["size", f"{self.unit} ({self.figure})", *columns, "spread", "notes"]]
-        named = any(size for size, _ in together)
         for (size, what), found in together.items():
             entries = [self.cell(found.get(column)) for column in columns]
             notes = "; ".join(dict.fromkeys(row.note for row in found.values() if row.note))
             lines.append([size, what, *entries, spread(found.values()), notes])
-        return lines if named else [entries[1:] for entries in lines]
+        return lines
 
     def cell(self, row: Measurement | None) -> str:
         """Return a median, and in brackets what follows from it."""
@@ -80,6 +79,12 @@ class Table:
         if self.figure not in row.figures:
             return number(row.median)
         return f"{number(row.median)} ({row.figures[self.figure]:.2f})"
+
+
+def filled(lines: list[list[str]]) -> list[list[str]]:
+    """Return the columns that have anything below their head."""
+    kept = [i for i in range(len(lines[0])) if any(entries[i] for entries in lines[1:])]
+    return [[entries[i] for i in kept] for entries in lines]
 
 
 def spread(rows: Iterable[Measurement]) -> str:
