@@ -55,7 +55,7 @@ def test_one_command_measures_every_subject_and_names_what_it_could_not(tmp_path
                 assert row["what"].startswith(PEERS), row
                 assert row["note"] in text
     whats = {row["what"] for subject in found["subjects"].values() for row in subject["rows"]}
-    assert {"mse, pack", "wmse, round", "W4A16", "sdpa", "WAKVQ", "wmse, torch"} <= whats
+    assert {"mse, pack", "wmse, round", "W4A16", "sdpa", "packed", "WAKVQ", "wmse, torch"} <= whats
     assert all(any(what.startswith(peer) for what in whats) for peer in PEERS)
 
 

@@ -11,19 +11,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from scalesweep_hf.kernels import resolve
-from scalesweep_hf.ops.kv import StateCodec
+from scalesweep_hf.ops.attention import attend_packed
+from scalesweep_hf.ops.kv import StateCodec, packed_size
 
 TITLE = "Decode attention"
 UNIT = "µs"
 FIGURE = "speed-up"
-NOTE = (
-    "One new token a sequence, 32 query heads over 8 key-value heads, head_dim 128, over a cache "
-    "of bfloat16 or of packed NVFP4 rows, batch x tokens: time of one call in a chain over caches "
-    "of more than 256 MB together, replayed as a CUDA graph. Speed-up: over the "
-    "fastest sdpa."
-)
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
-SIZES = ((8, 32768), (8, 4096), (1, 32768), (1, 4096))
+NOTE = (
+    f"One new token a sequence, {HEADS} query heads over {KV_HEADS} key-value heads, head_dim "
+    f"{HEAD_DIM}, over a cache of bfloat16 ({4 * KV_HEADS * HEAD_DIM} bytes a token) or of packed "
+    f"rows ({2 * KV_HEADS * packed_size(HEAD_DIM)}), batch x tokens: time of one call in a chain "
+    "over caches of more than 256 MB together, replayed as a CUDA graph. Half filled: with the "
+    "mask and the length of a static cache. Speed-up: over the fastest sdpa."
+)
+SIZES = ((8, 32768), (8, 4096), (1, 32768), (1, 4096), (1, 1024))
 TINY = ((2, 48),)
 
 
@@ -61,7 +63,7 @@ class Call:
     """One attention over one cache, which no other call reads.
 
     Attributes:
-        nbytes: of keys and values.
+        nbytes: of keys and values that it reads.
         function: computes it.
     """
 
@@ -109,10 +111,39 @@ def unpacked(batch: int, tokens: int, device: str) -> Call:
     return Call(sum(part.nbytes for part in rows), attend)
 
 
+def packed(filled: float = 1.0) -> Callable[[int, int, str], Call]:
+    """Return what makes calls that read packed rows, of which a part is filled."""
+
+    def make(batch: int, tokens: int, device: str) -> Call:
+        query, keys, values = states(batch, tokens, device)
+        codec = StateCodec.for_states(keys, backend=resolve("auto"))
+        rows = (codec.pack(keys), codec.pack(values))
+        options: dict[str, Tensor] = {}
+        if filled < 1:
+            options["length"] = torch.tensor(int(tokens * filled), device=device)
+            inside = torch.arange(tokens, device=device) < options["length"]
+            options["mask"] = inside.repeat(batch, 1, 1, 1)
+
+        def attend() -> Tensor:
+            scales = (codec.tensor_scale, codec.tensor_scale)
+            scaling = HEAD_DIM**-0.5
+            return attend_packed(
+                query, *rows, *scales, scaling=scaling, backend=codec.backend, **options
+            )
+
+        return Call(int(sum(part.nbytes for part in rows) * filled), attend)
+
+    return make
+
+
 def ways(settings: Settings) -> dict[str, Callable[[int, int, str], Call]]:
     """Return what makes calls, by name; plain attention first."""
     found = {"sdpa": sdpa()}
     if settings.device == "cuda":
         found["sdpa, flash"] = sdpa(SDPBackend.FLASH_ATTENTION)
         found["sdpa, cudnn"] = sdpa(SDPBackend.CUDNN_ATTENTION)
-    return found | {"packed, decoded for sdpa": unpacked}
+    return (
+        found
+        | {"packed": packed(), "packed, half filled": packed(0.5)}
+        | {"packed, decoded for sdpa": unpacked}
+    )
