@@ -23,6 +23,8 @@ LEAST, LEAST_OF_MANY, MANY = 64, 256, 64
 # threads hold, so that loading has the layout of the product.
 WIDTHS = {8: 64, 4: 32}
 MOST_ROWS, MOST_DIM, MOST_SPLITS = 32, 256, 512
+# At head_dim 16 products came out wrong on an H200 with Triton 3.6; up to 64 nothing was tried.
+LEAST_DIM = 64
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -53,7 +55,7 @@ def attend(
 def takes(query: Tensor, key_rows: Tensor) -> bool:
     """Whether the kernel computes this: on a GPU, 16-bit queries, few rows, no gradient."""
     rows = query.shape[1] // key_rows.shape[1] * query.shape[2]
-    small = rows <= MOST_ROWS and query.shape[3] <= MOST_DIM
+    small = rows <= MOST_ROWS and LEAST_DIM <= query.shape[3] <= MOST_DIM
     gradient = torch.is_grad_enabled() and query.requires_grad
     real = torch.compiler.is_compiling() or (
         type(query) is Tensor and not torch._C._get_tracing_state()
@@ -87,7 +89,7 @@ def _attend(
         s.detach().to(device=query.device, dtype=torch.float32) for s in (key_scale, value_scale)
     )
     bias, bias_strides, shared = _mask(mask, query, tokens)
-    unit, pad = _unit(key_rows, value_rows), max(triton.next_power_of_2(dim), 16)
+    unit, pad = _unit(key_rows, value_rows), triton.next_power_of_2(dim)
     tile = TOKENS if rows * pad <= LARGE else TOKENS // 2
     strides = *query.stride()[:3], *key_rows.stride()[:2], *value_rows.stride()[:2], *bias_strides
     with torch.cuda.device_of(query):  # Triton launches where the current device is

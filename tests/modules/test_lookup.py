@@ -310,6 +310,7 @@ def test_states_that_do_not_reach_attention_untouched_stay_decoded() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 class TestOnGPU:
     @pytest.fixture(params=[64, 96, 128])
     def model(self, request: pytest.FixtureRequest) -> Any:
