@@ -222,7 +222,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 types = {"x_ptr": "*bf16", "packed_ptr": "*i32", "block_scale_ptr": "*i16", "y_ptr": "*bf16"}
 types |= {"tensor_scale_ptr": "*fp32", "input_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
 types |= {"N": "i32", "K": "i32", "tokens": "i32"}
-constants = {"TILES": 2, "R": 4, "W": 8, "STEPS": 4, "EVEN": True}
+constants = {"TILES": 2, "R": 4, "W": 8, "STEPS": 4, "UNROLL": 1, "EVEN": True}
 constants |= {"SCALES_INPUT": False, "BIAS": False}
 signature = {name: types.get(name, "constexpr") for name in _few_kernel.arg_names}
 names = [name for name in types if name != "tokens"]
