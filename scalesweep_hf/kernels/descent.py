@@ -1,0 +1,130 @@
+"""Which scale a block gets, for ordinary blocks: half the arithmetic of `kernels.sweeps`.
+
+Of a block's scales, the one of least loss is searched for from above. No scale above the bounded
+window has less, so the walk may start anywhere above it; nor has one below, so it may also go on
+(with importances it ends where the window does). It stops where clipping the largest element alone
+costs more than the best scale so far: docs/proof.md, "Walking down". So "bounded" and "exact" are
+the same walk, but for importances.
+
+Magnitudes x and losses have units of 2**-10 tensor scales and its square: see `kernels.numbers`.
+"""
+
+import triton
+import triton.language as tl
+
+from scalesweep_hf.kernels.numbers import (
+    MAGNITUDE,
+    SCALE,
+    code_scale,
+    code_scale_normal,
+    encode_nearest,
+    error_near,
+    invert_near,
+    sixth_near,
+)
+from scalesweep_hf.kernels.sweeps import ABSMAX, EXACT, FOUR_OVER_SIX, ODD, SWEEP, WEIGHTED_DOWN
+
+# Largest magnitudes of ordinary blocks, in tensor scales: six times code 126 and some, which
+# nothing clips; and what rounds to code 120, because 126 is the last that the walk may start at.
+MOST_ABSMAX = tl.constexpr(2800.0)
+MOST = tl.constexpr(1632.0)
+# Squares of the smallest are normal numbers, in both units.
+LEAST = tl.constexpr(2.0**-53)
+
+
+@triton.jit
+def is_ordinary(x, largest, tensor_scale, MODE: tl.constexpr):
+    """Whether `choose_near` holds for all blocks of a program.
+
+    Args:
+        x: tuple of 16 [ROWS] float32, >= 0 or NaN.
+        largest: [ROWS], the largest of them over the tensor scale, in units of MAGNITUDE.
+        tensor_scale: float32.
+        MODE: of `sweeps.MODES`.
+    """
+    most: tl.constexpr = MOST_ABSMAX if MODE == ABSMAX else MOST
+    ordinary = largest <= most * MAGNITUDE  # not so if NaN
+    if MODE != ABSMAX:
+        least = (tensor_scale * LEAST).to(tl.uint32, bitcast=True) - 1
+        smallest = x[0].to(tl.uint32, bitcast=True) - 1  # zero becomes the largest integer
+        for i in tl.static_range(1, 16):
+            smallest = tl.minimum(smallest, x[i].to(tl.uint32, bitcast=True) - 1)
+        ordinary = ordinary & (smallest >= least)
+    usual = (tensor_scale >= 2.0**-60) & (tensor_scale <= 2.0**60)
+    return usual & (tl.min(ordinary.to(tl.int32), axis=0) > 0)
+
+
+@triton.jit
+def choose_near(a, w, largest, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Return the code of every block's scale, [ROWS] int32.
+
+    Args:
+        a: magnitudes, tuple of 16 [ROWS].
+        w: likewise the normalized importances, in units of MAGNITUDE**-2.
+        largest: [ROWS], of a.
+        MODE: of `sweeps.MODES`.
+        WINDOW: of `sweeps.WINDOWS`, but FIXED.
+        WEIGHTED: whether w counts.
+    """
+    code = encode_nearest(sixth_near(largest) * (1.0 / MAGNITUDE))
+    if MODE == FOUR_OVER_SIX:
+        four = encode_nearest(largest * (0.25 / MAGNITUDE))
+        loss = _loss_near(a, a, code_scale(code), False, False)
+        better = _loss_near(a, a, code_scale(four), False, False) < loss
+        code = tl.where(better, four, code)
+    elif MODE == SWEEP:
+        weight = w[0]  # of the largest element
+        lowest = tl.full(code.shape, 1, tl.int32)
+        if WEIGHTED:
+            so_far = a[0]
+            for i in tl.static_range(1, 16):
+                weight = tl.where(a[i] > so_far, w[i], weight)
+                so_far = tl.maximum(so_far, a[i])
+            if WINDOW != EXACT:
+                lowest = tl.maximum(code - WEIGHTED_DOWN, 1)
+        code = _descend(a, w, largest, weight, code, lowest, WEIGHTED)
+    return code
+
+
+@triton.jit
+def _loss_near(a, w, scale, WEIGHTED: tl.constexpr, CLIPS: tl.constexpr):
+    """Twin of `ops.sweep._loss`."""
+    inverse = invert_near(scale)
+    total = scale
+    for i in tl.static_range(16):
+        error = error_near(a[i], scale, inverse, CLIPS)
+        term = error * error
+        if WEIGHTED:
+            term = w[i] * term
+        total = term if i == 0 else total + term
+    return total
+
+
+@triton.jit
+def _descend(a, w, largest, weight, base, lowest, WEIGHTED: tl.constexpr):
+    """Return the smallest code of least loss from lowest on, given the code nearest to max / 6."""
+    # The window ends at base + 7 for field 1, else at base + 6 (or 5); odd codes go on to ODD.
+    code = tl.maximum(base + tl.where((base & 7) == 1, 7, 6), ODD)
+    best = code
+    best_loss = tl.full(code.shape, float("inf"), tl.float32)
+    for _ in tl.static_range(7):  # none is below base, so nothing clips, or below 8
+        loss = _loss_near(a, w, code_scale_normal(code), WEIGHTED, False)
+        better = loss <= best_loss  # the smaller scale takes a tie
+        best_loss = tl.where(better, loss, best_loss)
+        best = tl.where(better, code, best)
+        code = code - 1
+    alive = (largest > 0.0) & (code >= lowest)
+    while tl.max(alive.to(tl.int32), axis=0) > 0:
+        scale = code_scale(code)
+        beyond = tl.maximum(tl.fma(scale, -6.0 * MAGNITUDE / SCALE, largest), 0.0)
+        cost = beyond * beyond
+        if WEIGHTED:
+            cost = weight * cost
+        alive = alive & (cost <= best_loss)
+        loss = _loss_near(a, w, scale, WEIGHTED, True)
+        better = alive & (loss <= best_loss)
+        best_loss = tl.where(better, loss, best_loss)
+        best = tl.where(better, code, best)
+        code = code - 1
+        alive = alive & (code >= lowest)
+    return tl.where(largest > 0.0, best, 1)  # all scales are alike for zeros
