@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scalesweep_hf.kernels.descent import choose_near, is_ordinary
+from scalesweep_hf.kernels.fp4 import converts
 from scalesweep_hf.kernels.memory import load_blocks, store_codes, store_values
 from scalesweep_hf.kernels.numbers import (
     INTERPRETED,
@@ -26,9 +27,11 @@ from scalesweep_hf.kernels.sweeps import ABSMAX, FIXED, MODES, WINDOWS, choose
 from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.sweep import BLOCK
 
-# Blocks per program and warps: one block per thread. (Interpreted, every program costs the same.)
-ROWS = 1024 if INTERPRETED else 32
-WARPS = 1
+# Blocks per program and warps, by whether AbsMax chooses the scale: one block per thread. Walks end
+# together in a warp, and need not wait for others. (Interpreted, every program costs the same.)
+ROWS = {False: (32, 1), True: (64, 2)}
+if INTERPRETED:
+    ROWS = {False: (256, 1), True: (256, 1)}
 
 
 @triton.jit
@@ -76,11 +79,24 @@ def _normalized(w):
 
 
 @triton.jit
-def _times(columns, factor):
-    """Multiply 16 [ROWS] by a power of two."""
+def _importance(ptr, block, mask, period, unit):
+    """Load the importance of blocks [ROWS], normalized, times unit, a power of two; 16 [ROWS]."""
+    w = _normalized(load_blocks(ptr, block % period, mask))
     result = ()
     for i in tl.static_range(16):
-        result = result + (columns[i] * factor,)
+        result = result + (w[i] * unit,)
+    return result
+
+
+@triton.jit
+def _clipped(a, most, ENCODE: tl.constexpr):
+    """Return 16 [ROWS] in units of MAGNITUDE, at most `most`; NaN, which has no code, as zero."""
+    result = ()
+    for i in tl.static_range(16):
+        magnitude = tl.minimum(a[i], most, propagate_nan=tl.PropagateNan.ALL)
+        if ENCODE:
+            magnitude = tl.where(magnitude == magnitude, magnitude, 0.0)
+        result = result + (magnitude * MAGNITUDE,)
     return result
 
 
@@ -99,50 +115,44 @@ def _kernel(
     WINDOW: tl.constexpr,
     WEIGHTED: tl.constexpr,
     ENCODE: tl.constexpr,
-    MANY: tl.constexpr,  # 2**31 blocks or more
+    MANY: tl.constexpr,  # 2**30 blocks or more
     FP4: tl.constexpr,  # whether the device converts to E2M1
     ROWS: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0).to(tl.int64 if MANY else tl.int32) * ROWS + tl.arange(0, ROWS)
     mask = block < blocks
     x = load_blocks(x_ptr, block, mask)
     w = x
     if WEIGHTED:
-        row = block if MANY else block.to(tl.int32)
-        w = _normalized(load_blocks(weight_ptr, row % period, mask))
+        w = _importance(weight_ptr, block, mask, period, 1.0 / (MAGNITUDE * MAGNITUDE))
     tensor_scale = tl.load(tensor_scale_ptr)
     unit = tensor_scale * (1.0 / MAGNITUDE)
     inverse = tl.div_rn(1.0, unit)
-    TWICE: tl.constexpr = x_ptr.dtype.element_ty == tl.float32
+    twice: tl.constexpr = x_ptr.dtype.element_ty.primitive_bitwidth > 16
     absolute = ()
     for i in tl.static_range(16):
         absolute = absolute + (tl.abs(x[i]),)
-    largest = magnitude_near(_largest(absolute), unit, inverse, TWICE)
-    # Windows of one's own may leave out the best scale, and with it the reasons for the descent.
+    largest = magnitude_near(_largest(absolute), unit, inverse, twice)
+    # Windows of one's own may leave out the best scale, and with it what the descent rests on.
     descends = WINDOW != FIXED and is_ordinary(absolute, largest, tensor_scale, MODE)
     if descends:
         a = ()
         for i in tl.static_range(16):
-            a = a + (magnitude_near(absolute[i], unit, inverse, TWICE),)
-        weight = _times(w, 1.0 / (MAGNITUDE * MAGNITUDE)) if WEIGHTED else a
-        code = choose_near(a, weight, largest, MODE, WINDOW, WEIGHTED)
+            a = a + (magnitude_near(absolute[i], unit, inverse, twice),)
+        code = choose_near(a, w, largest, MODE, WINDOW, WEIGHTED)
     else:
-        a = _magnitudes(x, tensor_scale)
-        code = choose(a, w, low, high, MODE, WINDOW, WEIGHTED)
-        clipped = ()
-        for i in tl.static_range(16):
-            magnitude = tl.minimum(a[i], 6.0 * decode(code), propagate_nan=tl.PropagateNan.ALL)
-            if ENCODE:  # NaN has no code
-                magnitude = tl.where(magnitude == magnitude, magnitude, 0.0)
-            clipped = clipped + (magnitude * MAGNITUDE,)
-        a = clipped
+        far = _magnitudes(x, tensor_scale)
+        if WEIGHTED:  # anew: both kinds would take the registers of twice as many
+            w = _importance(weight_ptr, block, mask, period, 1.0)
+        code = choose(far, w, low, high, MODE, WINDOW, WEIGHTED)
+        a = _clipped(far, 6.0 * decode(code), ENCODE)
     value = decode(code)
-    CLIPS: tl.constexpr = MODE != ABSMAX
+    clips: tl.constexpr = MODE != ABSMAX
     if ENCODE:
-        store_codes(result_ptr, x, a, value * MAGNITUDE, block, mask, CLIPS, FP4)
+        store_codes(result_ptr, x, a, value * MAGNITUDE, block, mask, clips, FP4)
         tl.store(scale_ptr + block, code.to(tl.uint8), mask=mask)
     else:
-        store_values(result_ptr, x, a, value * MAGNITUDE, value, block, mask, CLIPS, FP4)
+        store_values(result_ptr, x, a, value * MAGNITUDE, value, block, mask, clips, FP4)
 
 
 @triton.jit
@@ -172,10 +182,27 @@ def _quantize(
     result: Tensor,
     scale: Tensor | None,
 ) -> None:
+    fp4 = converts(x.device, _launch)
+    _launch(x, tensor_scale, importance, objective, window, low, high, result, scale, fp4)
+
+
+def _launch(
+    x: Tensor,
+    tensor_scale: Tensor,
+    importance: Tensor | None,
+    objective: str,
+    window: str,
+    low: int,
+    high: int,
+    result: Tensor,
+    scale: Tensor | None,
+    fp4: bool,
+) -> None:
     blocks = x.numel() // BLOCK
     weight = x if importance is None else _aligned(importance)
+    rows, warps = ROWS[objective == "absmax"]
     with torch.cuda.device_of(x):  # Triton launches where the current device is
-        _kernel[(triton.cdiv(blocks, ROWS),)](
+        _kernel[(triton.cdiv(blocks, rows),)](
             _aligned(x),
             tensor_scale,
             weight,
@@ -189,9 +216,10 @@ def _quantize(
             WINDOW=WINDOWS[window],
             WEIGHTED=importance is not None,
             ENCODE=scale is not None,
-            MANY=blocks >= 1 << 31,
-            ROWS=ROWS,
-            num_warps=WARPS,
+            MANY=blocks >= 1 << 30,
+            FP4=fp4,
+            ROWS=rows,
+            num_warps=warps,
             enable_fp_fusion=False,
         )
 
@@ -200,8 +228,9 @@ def _decode(packed: Tensor, block_scale: Tensor, result: Tensor) -> None:
     blocks = block_scale.numel()
     scale = block_scale.contiguous().view(torch.uint8)
     with torch.cuda.device_of(packed):
-        _decode_kernel[(triton.cdiv(blocks, ROWS),)](
-            packed.contiguous(), scale, result, blocks, ROWS=ROWS, num_warps=WARPS
+        rows, warps = ROWS[False]
+        _decode_kernel[(triton.cdiv(blocks, rows),)](
+            packed.contiguous(), scale, result, blocks, ROWS=rows, num_warps=warps
         )
 
 

@@ -28,6 +28,8 @@ from scalesweep_hf.kernels.sweeps import ABSMAX, EXACT, FOUR_OVER_SIX, ODD, SWEE
 # nothing clips; and what rounds to code 120, because 126 is the last that the walk may start at.
 MOST_ABSMAX = tl.constexpr(2800.0)
 MOST = tl.constexpr(1632.0)
+# What has a normal scale. Subnormal ones are so far apart that the nearest may clip.
+LEAST_LARGEST = tl.constexpr(0.09)
 # Squares of the smallest are normal numbers, in both units.
 LEAST = tl.constexpr(2.0**-53)
 
@@ -44,6 +46,8 @@ def is_ordinary(x, largest, tensor_scale, MODE: tl.constexpr):
     """
     most: tl.constexpr = MOST_ABSMAX if MODE == ABSMAX else MOST
     ordinary = largest <= most * MAGNITUDE  # not so if NaN
+    if MODE != SWEEP:
+        ordinary = ordinary & ((largest >= LEAST_LARGEST * MAGNITUDE) | (largest == 0.0))
     if MODE != ABSMAX:
         least = (tensor_scale * LEAST).to(tl.uint32, bitcast=True) - 1
         smallest = x[0].to(tl.uint32, bitcast=True) - 1  # zero becomes the largest integer
@@ -113,18 +117,22 @@ def _descend(a, w, largest, weight, base, lowest, WEIGHTED: tl.constexpr):
         best_loss = tl.where(better, loss, best_loss)
         best = tl.where(better, code, best)
         code = code - 1
-    alive = (largest > 0.0) & (code >= lowest)
+    alive = (largest > 0.0) & _may_win(largest, weight, code, lowest, best_loss, WEIGHTED)
     while tl.max(alive.to(tl.int32), axis=0) > 0:
-        scale = code_scale(code)
-        beyond = tl.maximum(tl.fma(scale, -6.0 * MAGNITUDE / SCALE, largest), 0.0)
-        cost = beyond * beyond
-        if WEIGHTED:
-            cost = weight * cost
-        alive = alive & (cost <= best_loss)
-        loss = _loss_near(a, w, scale, WEIGHTED, True)
+        loss = _loss_near(a, w, code_scale(code), WEIGHTED, True)
         better = alive & (loss <= best_loss)
         best_loss = tl.where(better, loss, best_loss)
         best = tl.where(better, code, best)
         code = code - 1
-        alive = alive & (code >= lowest)
+        alive = alive & _may_win(largest, weight, code, lowest, best_loss, WEIGHTED)
     return tl.where(largest > 0.0, best, 1)  # all scales are alike for zeros
+
+
+@triton.jit
+def _may_win(largest, weight, code, lowest, best_loss, WEIGHTED: tl.constexpr):
+    """Whether clipping the largest element costs no more than best_loss, and lowest <= code."""
+    beyond = tl.maximum(tl.fma(code_scale(code), -6.0 * MAGNITUDE / SCALE, largest), 0.0)
+    cost = beyond * beyond
+    if WEIGHTED:
+        cost = weight * cost
+    return (cost <= best_loss) & (code >= lowest)

@@ -9,35 +9,28 @@ from scalesweep_hf.kernels.numbers import NAN, add_power, invert_near, quotient
 
 @triton.jit
 def load_blocks(ptr, block, mask):
-    """Load blocks [ROWS] of 16 floats as a tuple of 16 [ROWS] float32."""
-    result = ()
-    if ptr.dtype.element_ty == tl.float32:
-        words = _load_words(ptr, block, mask, 16)
-        for i in tl.static_range(16):
-            result = result + (words[i].to(tl.float32, bitcast=True),)
-    else:
-        words = _load_words(ptr, block, mask, 8)
-        for i in tl.static_range(8):
-            if ptr.dtype.element_ty == tl.bfloat16:
-                low = (words[i] << 16).to(tl.float32, bitcast=True)
-                high = (words[i] & -65536).to(tl.float32, bitcast=True)
-            else:
-                low = words[i].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                high = (words[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-            result = result + (low, high)
-    return result
-
-
-@triton.jit
-def _load_words(ptr, block, mask, COUNT: tl.constexpr):
-    """Load blocks [ROWS] of COUNT words, 16 bytes at a time, as a tuple of COUNT [ROWS] int32."""
-    pairs = ptr.to(tl.pointer_type(tl.int64)) + block[:, None] * (COUNT // 2) + tl.arange(0, 2)
+    """Load blocks [ROWS] of 16 floats, 16 bytes at a time, as a tuple of 16 [ROWS] float32."""
+    LOADS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    pairs = ptr.to(tl.pointer_type(tl.int64)) + tl.arange(0, 2)
+    pairs += block[:, None].to(tl.int64) * (2 * LOADS)
     words = ()
-    for i in tl.static_range(COUNT // 4):
+    for i in tl.static_range(LOADS):
         a, b = tl.split(tl.load(pairs + 2 * i, mask=mask[:, None], other=0))
         words = words + (a.to(tl.int32), (a >> 32).to(tl.int32))
         words = words + (b.to(tl.int32), (b >> 32).to(tl.int32))
-    return words
+    result = ()
+    for i in tl.static_range(4 * LOADS):
+        if ptr.dtype.element_ty == tl.float32:
+            result = result + (words[i].to(tl.float32, bitcast=True),)
+        elif ptr.dtype.element_ty == tl.bfloat16:
+            low = (words[i] << 16).to(tl.float32, bitcast=True)
+            high = (words[i] & -65536).to(tl.float32, bitcast=True)
+            result = result + (low, high)
+        else:
+            low = words[i].to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (words[i] >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            result = result + (low, high)
+    return result
 
 
 @triton.jit
@@ -65,7 +58,7 @@ def store_codes(ptr, x, a, scale, block, mask, CLIPS: tl.constexpr, FP4: tl.cons
             signed = ()
             for i in tl.static_range(8):
                 signed = signed + (_with_sign(y[i], x[8 * half + i]),)
-            word = round_eight(*signed)
+            word = round_eight(signed)
         else:
             word = tl.zeros(scale.shape, tl.uint32)
             for i in tl.static_range(7, -1, -1):
@@ -113,7 +106,7 @@ def store_values(ptr, x, a, scale, value, block, mask, CLIPS: tl.constexpr, FP4:
     """
     inverse = invert_near(scale)
     rest = tl.fma(inverse, -scale, 1.0) * inverse
-    pairs = ptr.to(tl.pointer_type(tl.int64)) + block[:, None] * 4 + tl.arange(0, 2)
+    pairs = ptr.to(tl.pointer_type(tl.int64)) + block[:, None].to(tl.int64) * 4 + tl.arange(0, 2)
     for half in tl.static_range(2):
         words = ()
         for i in tl.static_range(8 * half, 8 * half + 8, 2):
@@ -144,6 +137,4 @@ def _round(y, CLIPS: tl.constexpr):
 @triton.jit
 def _upper_halves(a, b):
     """Return the upper halves of two float32 as one int32, a in the lower half."""
-    return ((a.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | (
-        b.to(tl.int32, bitcast=True) & -65536
-    )
+    return ((a.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | (b.to(tl.int32, bitcast=True) & -65536)
