@@ -30,6 +30,7 @@ MOST_ABSMAX = tl.constexpr(2800.0)
 MOST = tl.constexpr(1632.0)
 # What has a normal scale. Subnormal ones are so far apart that the nearest may clip.
 LEAST_LARGEST = tl.constexpr(0.09)
+SIX = tl.constexpr(6.0 * MAGNITUDE.value / SCALE.value)  # times `code_scale`: in units of MAGNITUDE
 # Squares of the smallest are normal numbers, in both units.
 LEAST = tl.constexpr(2.0**-53)
 
@@ -77,16 +78,14 @@ def choose_near(a, w, largest, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTE
         better = _loss_near(a, a, code_scale(four), False, False) < loss
         code = tl.where(better, four, code)
     elif MODE == SWEEP:
-        weight = w[0]  # of the largest element
         lowest = tl.full(code.shape, 1, tl.int32)
+        if WEIGHTED and WINDOW != EXACT:
+            lowest = tl.maximum(code - WEIGHTED_DOWN, 1)
+        clipped, weight = largest, w[0]
         if WEIGHTED:
-            so_far = a[0]
-            for i in tl.static_range(1, 16):
-                weight = tl.where(a[i] > so_far, w[i], weight)
-                so_far = tl.maximum(so_far, a[i])
-            if WINDOW != EXACT:
-                lowest = tl.maximum(code - WEIGHTED_DOWN, 1)
-        code = _descend(a, w, largest, weight, code, lowest, WEIGHTED)
+            clipped, weight = _costliest(a, w, code)
+        best = _descend(a, w, largest, clipped, weight, lowest, WEIGHTED)
+        code = tl.where(largest > 0.0, best, 1)  # all scales are alike for zeros
     return code
 
 
@@ -105,33 +104,63 @@ def _loss_near(a, w, scale, WEIGHTED: tl.constexpr, CLIPS: tl.constexpr):
 
 
 @triton.jit
-def _descend(a, w, largest, weight, base, lowest, WEIGHTED: tl.constexpr):
-    """Return the smallest code of least loss from lowest on, given the code nearest to max / 6."""
-    # The window ends at base + 7 for field 1, else at base + 6 (or 5); odd codes go on to ODD.
-    code = tl.maximum(base + tl.where((base & 7) == 1, 7, 6), ODD)
+def _costliest(a, w, base):
+    """Return the magnitude and weight of the element that clipping costs most, four codes down.
+
+    Any element will do to end a walk. With importances that is seldom the largest.
+    """
+    limit = code_scale(tl.maximum(base - 4, 1)) * SIX
+    clipped, weight = a[0], w[0]
+    most = tl.zeros(base.shape, tl.float32)
+    for i in tl.static_range(16):
+        beyond = tl.maximum(a[i] - limit, 0.0)
+        cost = w[i] * (beyond * beyond)
+        clipped = tl.where(cost > most, a[i], clipped)
+        weight = tl.where(cost > most, w[i], weight)
+        most = tl.maximum(most, cost)
+    return clipped, weight
+
+
+@triton.jit
+def _descend(a, w, largest, clipped, weight, lowest, WEIGHTED: tl.constexpr):
+    """Return the smallest code of least loss from lowest on, of blocks that are not zero.
+
+    Args:
+        a: as in `choose_near`.
+        w: likewise.
+        largest: likewise.
+        clipped: an element's magnitude, [ROWS].
+        weight: its weight.
+        lowest: the code to end at, [ROWS].
+        WEIGHTED: as in `choose_near`.
+    """
+    # Scales s with max <= 3.5 s are not needed, or above ODD where s / 2 is none. The constant is a
+    # little more than 1 / 3.5: one scale too many does no harm.
+    first = (largest * (1.000001 / (3.5 * MAGNITUDE))).to(tl.int32, bitcast=True)
+    code = tl.maximum((first >> 20) - 960, ODD)
     best = code
     best_loss = tl.full(code.shape, float("inf"), tl.float32)
-    for _ in tl.static_range(7):  # none is below base, so nothing clips, or below 8
+    for _ in tl.static_range(6):  # none is below max / 6 rounded, so nothing clips, or below 8
         loss = _loss_near(a, w, code_scale_normal(code), WEIGHTED, False)
         better = loss <= best_loss  # the smaller scale takes a tie
         best_loss = tl.where(better, loss, best_loss)
         best = tl.where(better, code, best)
         code = code - 1
-    alive = (largest > 0.0) & _may_win(largest, weight, code, lowest, best_loss, WEIGHTED)
+    alive = (largest > 0.0) & _may_win(clipped, weight, code, lowest, best_loss, WEIGHTED)
     while tl.max(alive.to(tl.int32), axis=0) > 0:
         loss = _loss_near(a, w, code_scale(code), WEIGHTED, True)
         better = alive & (loss <= best_loss)
         best_loss = tl.where(better, loss, best_loss)
         best = tl.where(better, code, best)
         code = code - 1
-        alive = alive & _may_win(largest, weight, code, lowest, best_loss, WEIGHTED)
-    return tl.where(largest > 0.0, best, 1)  # all scales are alike for zeros
+        alive = alive & _may_win(clipped, weight, code, lowest, best_loss, WEIGHTED)
+    return best
 
 
 @triton.jit
-def _may_win(largest, weight, code, lowest, best_loss, WEIGHTED: tl.constexpr):
-    """Whether clipping the largest element costs no more than best_loss, and lowest <= code."""
-    beyond = tl.maximum(tl.fma(code_scale(code), -6.0 * MAGNITUDE / SCALE, largest), 0.0)
+def _may_win(clipped, weight, code, lowest, best_loss, WEIGHTED: tl.constexpr):
+    """Whether clipping one element costs no more than best_loss, and lowest <= code."""
+    beyond = tl.maximum(tl.fma(code_scale(code), -SIX, clipped), 0.0)
     cost = beyond * beyond
     if WEIGHTED:
         cost = weight * cost
