@@ -83,7 +83,7 @@ def choose_near(a, w, largest, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTE
             lowest = tl.maximum(code - WEIGHTED_DOWN, 1)
         clipped, weight = largest, w[0]
         if WEIGHTED:
-            clipped, weight = _costliest(a, w, code)
+            clipped, weight = _heaviest(a, w, code)
         best = _descend(a, w, largest, clipped, weight, lowest, WEIGHTED)
         code = tl.where(largest > 0.0, best, 1)  # all scales are alike for zeros
     return code
@@ -93,9 +93,10 @@ def choose_near(a, w, largest, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTE
 def _loss_near(a, w, scale, WEIGHTED: tl.constexpr, CLIPS: tl.constexpr):
     """Twin of `ops.sweep._loss`."""
     inverse = invert_near(scale)
+    one = 1 + (scale.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
     total = scale
     for i in tl.static_range(16):
-        error = error_near(a[i], scale, inverse, CLIPS)
+        error = error_near(a[i], scale, inverse, one, CLIPS)
         term = error * error
         if WEIGHTED:
             term = w[i] * term
@@ -104,20 +105,19 @@ def _loss_near(a, w, scale, WEIGHTED: tl.constexpr, CLIPS: tl.constexpr):
 
 
 @triton.jit
-def _costliest(a, w, base):
-    """Return the magnitude and weight of the element that clipping costs most, four codes down.
+def _heaviest(a, w, base):
+    """Return magnitude and weight of the element with most weight times excess, four codes down.
 
     Any element will do to end a walk. With importances that is seldom the largest.
     """
     limit = code_scale(tl.maximum(base - 4, 1)) * SIX
     clipped, weight = a[0], w[0]
-    most = tl.zeros(base.shape, tl.float32)
-    for i in tl.static_range(16):
-        beyond = tl.maximum(a[i] - limit, 0.0)
-        cost = w[i] * (beyond * beyond)
-        clipped = tl.where(cost > most, a[i], clipped)
-        weight = tl.where(cost > most, w[i], weight)
-        most = tl.maximum(most, cost)
+    most = weight * (clipped - limit)
+    for i in tl.static_range(1, 16):
+        excess = w[i] * (a[i] - limit)
+        clipped = tl.where(excess > most, a[i], clipped)
+        weight = tl.where(excess > most, w[i], weight)
+        most = tl.maximum(most, excess)
     return clipped, weight
 
 
@@ -146,22 +146,26 @@ def _descend(a, w, largest, clipped, weight, lowest, WEIGHTED: tl.constexpr):
         best_loss = tl.where(better, loss, best_loss)
         best = tl.where(better, code, best)
         code = code - 1
-    alive = (largest > 0.0) & _may_win(clipped, weight, code, lowest, best_loss, WEIGHTED)
+    scale = code_scale(code)
+    alive = (largest > 0.0) & (code >= lowest)
+    alive = alive & (_clipping_cost(clipped, weight, scale, WEIGHTED) <= best_loss)
     while tl.max(alive.to(tl.int32), axis=0) > 0:
-        loss = _loss_near(a, w, code_scale(code), WEIGHTED, True)
+        loss = _loss_near(a, w, scale, WEIGHTED, True)
         better = alive & (loss <= best_loss)
         best_loss = tl.where(better, loss, best_loss)
         best = tl.where(better, code, best)
         code = code - 1
-        alive = alive & _may_win(clipped, weight, code, lowest, best_loss, WEIGHTED)
+        scale = code_scale(code)
+        alive = alive & (code >= lowest)
+        alive = alive & (_clipping_cost(clipped, weight, scale, WEIGHTED) <= best_loss)
     return best
 
 
 @triton.jit
-def _may_win(clipped, weight, code, lowest, best_loss, WEIGHTED: tl.constexpr):
-    """Whether clipping one element costs no more than best_loss, and lowest <= code."""
-    beyond = tl.maximum(tl.fma(code_scale(code), -SIX, clipped), 0.0)
+def _clipping_cost(clipped, weight, scale, WEIGHTED: tl.constexpr):
+    """Return what clipping one element costs at a scale; no smaller one costs less in all."""
+    beyond = tl.maximum(tl.fma(scale, -SIX, clipped), 0.0)
     cost = beyond * beyond
     if WEIGHTED:
         cost = weight * cost
-    return (cost <= best_loss) & (code >= lowest)
+    return cost

@@ -176,7 +176,26 @@ def multiply_down(x, y):
 
 
 @triton.jit
-def error_near(x, scale, inverse, CLIPS: tl.constexpr):
+def add_half_step(bits, one):
+    """Return bits + 2**21 as one multiply-add, which the busier of two pipes does not run.
+
+    Additions and the bitwise AND that follows share a pipe of half the rate of floating point;
+    multiply-adds have another. On an H200 sweeps are 5% faster for it.
+    """
+    if FUSED:
+        return tl.inline_asm_elementwise(
+            "mad.lo.s32 $0, $1, $2, 0x200000;",
+            "=r,r,r",
+            [bits, one],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return bits * one + 0x200000
+
+
+@triton.jit
+def error_near(x, scale, inverse, one, CLIPS: tl.constexpr):
     """Return `rounding_error` in units of MAGNITUDE.
 
     A product rounded toward zero never reaches a midpoint from below, whatever its precision, and
@@ -187,11 +206,14 @@ def error_near(x, scale, inverse, CLIPS: tl.constexpr):
         x: float32, >= 0, in units of MAGNITUDE.
         scale: from `code_scale`.
         inverse: from `invert_near`.
+        one: int32, 1, but the compiler must not know it: see `add_half_step`.
         CLIPS: whether x / scale may be 7 or more.
     """
-    bits = multiply_down(x, inverse).to(tl.int32, bitcast=True) + 0x200000
+    bits = multiply_down(x, inverse).to(tl.int32, bitcast=True)
     if CLIPS:
-        bits = tl.minimum(bits, 0x1FFFFFF)
+        bits = tl.minimum(bits + 0x200000, 0x1FFFFFF)
+    else:
+        bits = add_half_step(bits, one)
     rounded = (bits & -0x400000).to(tl.float32, bitcast=True)
     return tl.fma(rounded, -scale, x)
 

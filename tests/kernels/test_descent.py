@@ -1,5 +1,6 @@
 """The walk down over scales that ordinary blocks take has the bits of the definition."""
 
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from scalesweep_hf.ops.blocks import BACKENDS
 from scalesweep_hf.ops.sweep import block_loss
 from tests.kernels.test_blocks import DTYPES, ONE, same
 from tests.ops.test_sweep import KINDS, RANGES, blocks
+from tests.proofs.exact import CODES, value
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -97,6 +99,16 @@ def test_the_first_blocks_that_are_not_ordinary_have_them_too(objective: str, de
                 options["importance"] = importance[row : row + 1]
             found = BACKENDS["triton"].round_blocks(block * scale, scale, **options)
             assert same(found, definition.round_blocks(block * scale, scale, **options))
+
+
+def test_walks_start_five_to_seven_codes_above_absmax() -> None:
+    """So the first six losses of `descent._descend` clip nothing, and no code passes 126."""
+    for base in range(11, 121):  # below, walks start at 15
+        low, middle, high = (value(code) for code in (base - 1, base, base + 1))
+        for sixth in ((low + middle) / Fraction(2), (middle + high) / Fraction(2)):
+            first = max(code for code in CODES if 7 * value(code) <= 12 * sixth)
+            assert base + 5 <= first <= base + 7
+            assert sixth * 6 < 7 * middle
 
 
 def test_no_smaller_scale_costs_less_than_clipping_the_largest_element() -> None:
