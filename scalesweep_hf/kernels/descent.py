@@ -1,0 +1,171 @@
+"""Which scale a block gets, for ordinary blocks: half the arithmetic of `kernels.sweeps`.
+
+Of a block's scales, the one of least loss is searched for from above. No scale above the bounded
+window has less, so the walk may start anywhere above it; nor has one below, so it may also go on
+(with importances it ends where the window does). It stops where clipping the largest element alone
+costs more than the best scale so far: docs/proof.md, "Walking down". So "bounded" and "exact" are
+the same walk, but for importances.
+
+Magnitudes x and losses have units of 2**-10 tensor scales and its square: see `kernels.numbers`.
+"""
+
+import triton
+import triton.language as tl
+
+from scalesweep_hf.kernels.numbers import (
+    MAGNITUDE,
+    SCALE,
+    code_scale,
+    code_scale_normal,
+    encode_nearest,
+    error_near,
+    invert_near,
+    sixth_near,
+)
+from scalesweep_hf.kernels.sweeps import ABSMAX, EXACT, FOUR_OVER_SIX, ODD, SWEEP, WEIGHTED_DOWN
+
+# Largest magnitudes of ordinary blocks, in tensor scales: six times code 126 and some, which
+# nothing clips; and what rounds to code 120, because 126 is the last that the walk may start at.
+MOST_ABSMAX = tl.constexpr(2800.0)
+MOST = tl.constexpr(1632.0)
+# What has a normal scale. Subnormal ones are so far apart that the nearest may clip.
+LEAST_LARGEST = tl.constexpr(0.09)
+SIX = tl.constexpr(6.0 * MAGNITUDE.value / SCALE.value)  # times `code_scale`: in units of MAGNITUDE
+# Squares of the smallest are normal numbers, in both units.
+LEAST = tl.constexpr(2.0**-53)
+
+
+@triton.jit
+def is_ordinary(x, largest, tensor_scale, MODE: tl.constexpr):
+    """Whether `choose_near` holds for all blocks of a program.
+
+    Args:
+        x: tuple of 16 [ROWS] float32, >= 0 or NaN.
+        largest: [ROWS], the largest of them over the tensor scale, in units of MAGNITUDE.
+        tensor_scale: float32.
+        MODE: of `sweeps.MODES`.
+    """
+    most: tl.constexpr = MOST_ABSMAX if MODE == ABSMAX else MOST
+    ordinary = largest <= most * MAGNITUDE  # not so if NaN
+    if MODE != SWEEP:
+        ordinary = ordinary & ((largest >= LEAST_LARGEST * MAGNITUDE) | (largest == 0.0))
+    if MODE != ABSMAX:
+        least = (tensor_scale * LEAST).to(tl.uint32, bitcast=True) - 1
+        smallest = x[0].to(tl.uint32, bitcast=True) - 1  # zero becomes the largest integer
+        for i in tl.static_range(1, 16):
+            smallest = tl.minimum(smallest, x[i].to(tl.uint32, bitcast=True) - 1)
+        ordinary = ordinary & (smallest >= least)
+    usual = (tensor_scale >= 2.0**-60) & (tensor_scale <= 2.0**60)
+    return usual & (tl.min(ordinary.to(tl.int32), axis=0) > 0)
+
+
+@triton.jit
+def choose_near(a, w, largest, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTED: tl.constexpr):
+    """Return the code of every block's scale, [ROWS] int32.
+
+    Args:
+        a: magnitudes, tuple of 16 [ROWS].
+        w: likewise the normalized importances, in units of MAGNITUDE**-2.
+        largest: [ROWS], of a.
+        MODE: of `sweeps.MODES`.
+        WINDOW: of `sweeps.WINDOWS`, but FIXED.
+        WEIGHTED: whether w counts.
+    """
+    code = encode_nearest(sixth_near(largest) * (1.0 / MAGNITUDE))
+    if MODE == FOUR_OVER_SIX:
+        four = encode_nearest(largest * (0.25 / MAGNITUDE))
+        loss = _loss_near(a, a, code_scale(code), False, False)
+        better = _loss_near(a, a, code_scale(four), False, False) < loss
+        code = tl.where(better, four, code)
+    elif MODE == SWEEP:
+        lowest = tl.full(code.shape, 1, tl.int32)
+        if WEIGHTED and WINDOW != EXACT:
+            lowest = tl.maximum(code - WEIGHTED_DOWN, 1)
+        clipped, weight = largest, w[0]
+        if WEIGHTED:
+            clipped, weight = _heaviest(a, w, code)
+        best = _descend(a, w, largest, clipped, weight, lowest, WEIGHTED)
+        code = tl.where(largest > 0.0, best, 1)  # all scales are alike for zeros
+    return code
+
+
+@triton.jit
+def _loss_near(a, w, scale, WEIGHTED: tl.constexpr, CLIPS: tl.constexpr):
+    """Twin of `ops.sweep._loss`."""
+    inverse = invert_near(scale)
+    one = 1 + (scale.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
+    total = scale
+    for i in tl.static_range(16):
+        error = error_near(a[i], scale, inverse, one, CLIPS)
+        term = error * error
+        if WEIGHTED:
+            term = w[i] * term
+        total = term if i == 0 else total + term
+    return total
+
+
+@triton.jit
+def _heaviest(a, w, base):
+    """Return magnitude and weight of the element with most weight times excess, four codes down.
+
+    Any element will do to end a walk. With importances that is seldom the largest.
+    """
+    limit = code_scale(tl.maximum(base - 4, 1)) * SIX
+    clipped, weight = a[0], w[0]
+    most = weight * (clipped - limit)
+    for i in tl.static_range(1, 16):
+        excess = w[i] * (a[i] - limit)
+        clipped = tl.where(excess > most, a[i], clipped)
+        weight = tl.where(excess > most, w[i], weight)
+        most = tl.maximum(most, excess)
+    return clipped, weight
+
+
+@triton.jit
+def _descend(a, w, largest, clipped, weight, lowest, WEIGHTED: tl.constexpr):
+    """Return the smallest code of least loss from lowest on, of blocks that are not zero.
+
+    Args:
+        a: as in `choose_near`.
+        w: likewise.
+        largest: likewise.
+        clipped: an element's magnitude, [ROWS].
+        weight: its weight.
+        lowest: the code to end at, [ROWS].
+        WEIGHTED: as in `choose_near`.
+    """
+    # Scales s with max <= 3.5 s are not needed, or above ODD where s / 2 is none. The constant is a
+    # little more than 1 / 3.5: one scale too many does no harm.
+    first = (largest * (1.000001 / (3.5 * MAGNITUDE))).to(tl.int32, bitcast=True)
+    code = tl.maximum((first >> 20) - 960, ODD)
+    best = code
+    best_loss = tl.full(code.shape, float("inf"), tl.float32)
+    for _ in tl.static_range(6):  # none is below max / 6 rounded, so nothing clips, or below 8
+        loss = _loss_near(a, w, code_scale_normal(code), WEIGHTED, False)
+        better = loss <= best_loss  # the smaller scale takes a tie
+        best_loss = tl.where(better, loss, best_loss)
+        best = tl.where(better, code, best)
+        code = code - 1
+    scale = code_scale(code)
+    alive = (largest > 0.0) & (code >= lowest)
+    alive = alive & (_clipping_cost(clipped, weight, scale, WEIGHTED) <= best_loss)
+    while tl.max(alive.to(tl.int32), axis=0) > 0:
+        loss = _loss_near(a, w, scale, WEIGHTED, True)
+        better = alive & (loss <= best_loss)
+        best_loss = tl.where(better, loss, best_loss)
+        best = tl.where(better, code, best)
+        code = code - 1
+        scale = code_scale(code)
+        alive = alive & (code >= lowest)
+        alive = alive & (_clipping_cost(clipped, weight, scale, WEIGHTED) <= best_loss)
+    return best
+
+
+@triton.jit
+def _clipping_cost(clipped, weight, scale, WEIGHTED: tl.constexpr):
+    """Return what clipping one element costs at a scale; no smaller one costs less in all."""
+    beyond = tl.maximum(tl.fma(scale, -SIX, clipped), 0.0)
+    cost = beyond * beyond
+    if WEIGHTED:
+        cost = weight * cost
+    return cost
