@@ -11,7 +11,8 @@ from scalesweep_hf.ops.attention import ATTENTION as _ATTENTION
 from scalesweep_hf.ops.blocks import BACKENDS as _BACKENDS
 
 BACKENDS = ("auto", "torch", "triton", "numba")
-HAS_TRITON = torch.backends.cuda.is_built() and importlib.util.find_spec("triton") is not None
+# The kernels have instructions of NVIDIA's.
+HAS_TRITON = torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 # The loops rest on a fused multiply-add: all ARM64 have one, and x86 where torch takes AVX2.
 HAS_FMA = platform.machine() in ("aarch64", "arm64") or (
     torch.backends.cpu.get_cpu_capability().startswith("AVX")

@@ -1,12 +1,12 @@
-"""Which scale a block gets, for ordinary blocks: half the arithmetic of `kernels.sweeps`.
+"""Which scale a block gets, for ordinary blocks: with less arithmetic than `kernels.sweeps` needs.
 
-Of a block's scales, the one of least loss is searched for from above. No scale above the bounded
-window has less, so the walk may start anywhere above it; nor has one below, so it may also go on
-(with importances it ends where the window does). It stops where clipping the largest element alone
-costs more than the best scale so far: docs/proof.md, "Walking down". So "bounded" and "exact" are
-the same walk, but for importances.
+The scale of least loss is searched for from above. No scale above the bounded window has less, so
+the walk may start anywhere above it; nor has one below, so it may also go on (with importances it
+ends where the window does). It stops where clipping one element alone costs more than the best
+scale so far: docs/proof.md, "Walking down". So "bounded" and "exact" are the same walk, but for
+importances.
 
-Magnitudes x and losses have units of 2**-10 tensor scales and its square: see `kernels.numbers`.
+Magnitudes and losses have units of 2**10 tensor scales and their square: see `kernels.numbers`.
 """
 
 import triton
@@ -30,9 +30,8 @@ MOST_ABSMAX = tl.constexpr(2800.0)
 MOST = tl.constexpr(1632.0)
 # What has a normal scale. Subnormal ones are so far apart that the nearest may clip.
 LEAST_LARGEST = tl.constexpr(0.09)
-SIX = tl.constexpr(6.0 * MAGNITUDE.value / SCALE.value)  # times `code_scale`: in units of MAGNITUDE
-# Squares of the smallest are normal numbers, in both units.
-LEAST = tl.constexpr(2.0**-53)
+LEAST = tl.constexpr(2.0**-53)  # squares of the smallest are normal numbers, in both units
+SIX = tl.constexpr(6.0 * MAGNITUDE.value / SCALE.value)  # takes `code_scale` to its clipping limit
 
 
 @triton.jit
@@ -65,7 +64,7 @@ def choose_near(a, w, largest, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTE
 
     Args:
         a: magnitudes, tuple of 16 [ROWS].
-        w: likewise the normalized importances, in units of MAGNITUDE**-2.
+        w: likewise the normalized importances, times MAGNITUDE**-2.
         largest: [ROWS], of a.
         MODE: of `sweeps.MODES`.
         WINDOW: of `sweeps.WINDOWS`, but FIXED.
@@ -93,6 +92,7 @@ def choose_near(a, w, largest, MODE: tl.constexpr, WINDOW: tl.constexpr, WEIGHTE
 def _loss_near(a, w, scale, WEIGHTED: tl.constexpr, CLIPS: tl.constexpr):
     """Twin of `ops.sweep._loss`."""
     inverse = invert_near(scale)
+    # The compiler does not know that scales are positive.
     one = 1 + (scale.to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
     total = scale
     for i in tl.static_range(16):
@@ -134,8 +134,8 @@ def _descend(a, w, largest, clipped, weight, lowest, WEIGHTED: tl.constexpr):
         lowest: the code to end at, [ROWS].
         WEIGHTED: as in `choose_near`.
     """
-    # Scales s with max <= 3.5 s are not needed, or above ODD where s / 2 is none. The constant is a
-    # little more than 1 / 3.5: one scale too many does no harm.
+    # Scales s with max <= 3.5 s are not needed, but odd ones up to ODD, where s / 2 is none. The
+    # constant is a little more than 1 / 3.5: one scale too many does no harm.
     first = (largest * (1.000001 / (3.5 * MAGNITUDE))).to(tl.int32, bitcast=True)
     code = tl.maximum((first >> 20) - 960, ODD)
     best = code

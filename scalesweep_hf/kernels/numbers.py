@@ -7,7 +7,7 @@ Losses are compared with magnitudes in units of 2**10 tensor scales, and quotien
 2**126: one is then the smallest normal float32, and the E2M1 numbers are those with one bit after
 the leading one, subnormal 0.5 included; their bits >> 22 are 0...7. With these units every factor
 below is a normal float32. A power of two changes no rounding but that of subnormal numbers, which
-`sweeps.is_ordinary` keeps away.
+`descent.is_ordinary` keeps away.
 """
 
 import triton
@@ -210,10 +210,7 @@ def error_near(x, scale, inverse, one, CLIPS: tl.constexpr):
         CLIPS: whether x / scale may be 7 or more.
     """
     bits = multiply_down(x, inverse).to(tl.int32, bitcast=True)
-    if CLIPS:
-        bits = tl.minimum(bits + 0x200000, 0x1FFFFFF)
-    else:
-        bits = add_half_step(bits, one)
+    bits = tl.minimum(bits + 0x200000, 0x1FFFFFF) if CLIPS else add_half_step(bits, one)
     rounded = (bits & -0x400000).to(tl.float32, bitcast=True)
     return tl.fma(rounded, -scale, x)
 

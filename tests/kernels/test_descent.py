@@ -85,8 +85,8 @@ def test_the_first_blocks_that_are_not_ordinary_have_them_too(objective: str, de
     most, least = torch.tensor(MOST), torch.tensor(LEAST)
     beyond = torch.nextafter(most, torch.tensor(torch.inf))
     below = torch.nextafter(least, torch.tensor(0.0))
-    for row, value in enumerate((most, beyond, least, below, most * 8, least * 2.0**-60)):
-        x[2 * row, row] = x[2 * row + 1, 15] = value
+    for row, edge in enumerate((most, beyond, least, below, most * 8, least * 2.0**-60)):
+        x[2 * row, row] = x[2 * row + 1, 15] = edge
     x[5:8, :8] *= 2.0**-40
     x = x.to(device)
     importance = torch.rand(x.shape, generator=generator).to(device)
