@@ -144,10 +144,13 @@ def multiply_blocks(
         [..., N] dtype.
     """
     rows = x.reshape(-1, x.shape[-1])  # [T, K]
+    # A product of halves to float32 exists on CUDA alone, and has no derivative.
+    of_halves = rows.is_cuda and rows.dtype != torch.float32
+    of_halves = of_halves and not (rows.requires_grad and torch.is_grad_enabled())
     parts = []
     for part in row_slices(packed.shape[0], x.shape[-1], DECODED):
         w = decode(packed[part], block_scale[part], x.dtype)  # [n, K]
-        if rows.device.type == "cuda" and rows.dtype != torch.float32:
+        if of_halves:
             parts.append(torch.mm(rows, w.T, out_dtype=torch.float32))
         else:
             parts.append(torch.mm(rows.to(torch.float32), w.to(torch.float32).T))

@@ -155,17 +155,19 @@ def test_float32_input_has_the_bits_of_the_definition(twin: Backend, device: str
     assert torch.equal(multiply(twin, x, w), linear(x, w))
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("t", [3, 40])
+@pytest.mark.usefixtures("twin")
 def test_gradients_are_those_of_the_dequantized_linear(
-    twin: Backend, t: int, graph: bool, device: str
+    t: int, graph: bool, backend: str, device: str
 ) -> None:
     w = matrix(24, 64, device, 2.0**-9)
     bias = tokens(24, dtype=torch.bfloat16, device=device).requires_grad_()
     x = tokens(2, t, 64, dtype=torch.bfloat16, device=device).requires_grad_()
 
     def run(x: Tensor, bias: Tensor) -> Tensor:
-        return linear(x, w, bias, backend="triton")
+        return linear(x, w, bias, backend=backend)
 
     if graph:
         torch.compiler.reset()
