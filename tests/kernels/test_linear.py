@@ -218,7 +218,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from scalesweep_hf.kernels.linear import _few_kernel
+from scalesweep_hf.kernels.few import _few_kernel
 
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 types = {"x_ptr": "*bf16", "packed_ptr": "*i32", "block_scale_ptr": "*i16", "y_ptr": "*bf16"}
