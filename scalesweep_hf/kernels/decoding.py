@@ -70,8 +70,8 @@ def factor(bits, BFLOAT16: tl.constexpr):
 def halves(pair, factor, BFLOAT16: tl.constexpr):
     """Return the lower and the upper half of `pairs`, [..] int32, times those of `factor`."""
     if INTERPRETER:  # which has no assembler, nor arithmetic for bfloat16
-        scale = _widened(factor, BFLOAT16)
-        return _widened(pair, BFLOAT16) * scale, _widened(pair >> 16, BFLOAT16) * scale
+        scale = widened(factor, BFLOAT16)
+        return widened(pair, BFLOAT16) * scale, widened(pair >> 16, BFLOAT16) * scale
     # Written as two products, this costs up to three instructions more, to move halves about.
     elif BFLOAT16:
         both = tl.inline_asm_elementwise(
@@ -98,7 +98,7 @@ def halves(pair, factor, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def _widened(bits, BFLOAT16: tl.constexpr):
+def widened(bits, BFLOAT16: tl.constexpr):
     """Return the lower halves of int32 as float32."""
     if BFLOAT16:
         return (bits << 16).to(tl.float32, bitcast=True)

@@ -3,6 +3,8 @@
 A warp takes strips of 8 rows by 128 columns; each of its threads loads 16 bytes, a quarter of a
 strip's row, and decodes them in registers to what the tensor cores take: thread and quarter agree,
 because k is permuted alike in both operands. Warps of a program share out k, and add up at the end.
+
+Sums are of products over 256 (`decoding.REST`), so products below 2**-118 lose bits.
 """
 
 # Tuples grow in kernels.
@@ -149,17 +151,6 @@ def _add(
 
 
 @triton.jit
-def _stacked(parts, COUNT: tl.constexpr, W: tl.constexpr):
-    """Stack a power of two of [W, 16, TILE] to [W, 16, TILE, COUNT]."""
-    for level in tl.static_range((COUNT > 1) + (COUNT > 2) + (COUNT > 4) + (COUNT > 8)):
-        joined = ()
-        for i in tl.static_range(COUNT >> (level + 1)):
-            joined = joined + (tl.join(parts[i], parts[i + (COUNT >> (level + 1))]),)
-        parts = joined
-    return tl.reshape(parts[0], (W, 16, TILE, COUNT))
-
-
-@triton.jit
 def _few_kernel(
     x_ptr,  # [tokens, K]
     packed_ptr,  # [N, K / 8] int32
@@ -175,7 +166,6 @@ def _few_kernel(
     R: tl.constexpr,  # times eight rows, even
     W: tl.constexpr,  # warps
     STEPS: tl.constexpr,  # strips of a warp
-    UNROLL: tl.constexpr,
     EVEN: tl.constexpr,
     SCALES_INPUT: tl.constexpr,
     BIAS: tl.constexpr,
@@ -188,7 +178,7 @@ def _few_kernel(
         sums = sums + (tl.zeros((W, 16, TILE), tl.float32),)
     words, scales = _load_strip(packed_ptr, block_scale_ptr, first, strip, N, K, R, EVEN)
     x = _load_x(x_ptr, strip, K, tokens, TILES, EVEN)
-    for step in tl.range(0, STEPS, loop_unroll_factor=UNROLL):
+    for step in range(STEPS):
         ahead = strip + tl.minimum(step + 1, STEPS - 1)
         more, more_scales = _load_strip(packed_ptr, block_scale_ptr, first, ahead, N, K, R, EVEN)
         more_x = _load_x(x_ptr, ahead, K, tokens, TILES, EVEN)
@@ -197,28 +187,31 @@ def _few_kernel(
     scale = tl.load(tensor_scale_ptr)
     if SCALES_INPUT:
         scale = tl.load(input_scale_ptr) * scale
-    y = tl.sum(_stacked(sums, R // 2 * TILES, W), axis=0) * REST * scale  # [16, TILE, ..]
-    part = tl.arange(0, R // 2 * TILES)[None, None, :]
-    row = first + (part // TILES) * 16 + tl.arange(0, 16)[:, None, None]
-    token = (part % TILES) * TILE + tl.arange(0, 8)[None, :, None]
-    if BIAS:
-        y += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-    where = y_ptr + (token.to(tl.int64) * N + row)
-    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(token < tokens) & (row < N))
+    for m in tl.static_range(R // 2):
+        row = first + m * 16 + tl.arange(0, 16)
+        for tile in tl.static_range(TILES):
+            y = tl.sum(sums[m * TILES + tile], axis=0) * REST * scale  # [16, TILE]
+            if BIAS:
+                bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+                y = y + bias[:, None]
+            token = tile * TILE + tl.arange(0, 8)
+            where = token[None, :].to(tl.int64) * N + row[:, None]
+            inside = (token < tokens)[None, :] & (row < N)[:, None]
+            tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def _shape_of_programs(tiles: int, n: int, k: int) -> tuple[int, int, int]:
-    """Return rows over eight, warps, and steps to unroll: the best of those timed on an H200.
+def _shape_of_programs(tiles: int, n: int, k: int) -> tuple[int, int]:
+    """Return rows over eight and warps of a program: the best of those timed on an H200.
 
     Few programs want many warps, to have enough loads under way; more tiles want more rows, since
     every program reads all of x.
     """
     short = n <= 8192
     if tiles == 1:
-        return (2, 8, 2 if k > 8192 else 4) if short else (4, 4, 2)
+        return (2, 8) if short else (4, 4)
     if tiles == 2:
-        return (4, 8, 1) if short else (8, 4, 1)
-    return (4, 8, 1) if k > 8192 else (4, 4, 1)
+        return (4, 8) if short else (8, 4)
+    return (4, 8) if k > 8192 else (4, 4)
 
 
 def multiply_few(
@@ -235,7 +228,7 @@ def multiply_few(
     y = rows.new_empty((tokens, n), dtype=dtype)
     tiles = triton.cdiv(tokens, TILE.value)
     tiles += tiles == 3  # one program less to compile
-    r, warps, unroll = _shape_of_programs(tiles, n, k)
+    r, warps = _shape_of_programs(tiles, n, k)
     steps = triton.cdiv(k, 128 * warps)
     with torch.cuda.device_of(rows):
         _few_kernel[(triton.cdiv(n, 8 * r),)](
@@ -253,7 +246,6 @@ def multiply_few(
             R=r,
             W=warps,
             STEPS=steps,
-            UNROLL=unroll,
             EVEN=k == 128 * warps * steps,
             SCALES_INPUT=input_scale is not None,
             BIAS=bias is not None,

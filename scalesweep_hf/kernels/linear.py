@@ -1,8 +1,8 @@
 """Triton twin of `scalesweep_hf.ops.blocks.multiply_blocks`.
 
-Few tokens have a kernel that reads the packed weight (`scalesweep_hf.kernels.few`). For many, the
-weight is decoded (`scalesweep_hf.kernels.decoding`) and cuBLAS multiplies; where it can, it applies
-the scales too.
+One token has a kernel that reads the packed weight (`scalesweep_hf.kernels.vector`), a few have
+another (`scalesweep_hf.kernels.few`). For many, the weight is decoded
+(`scalesweep_hf.kernels.decoding`) and cuBLAS multiplies; where it can, it applies the scales too.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from scalesweep_hf.kernels.decoding import decode
 from scalesweep_hf.kernels.few import FEW, multiply_few
+from scalesweep_hf.kernels.vector import multiply_one
 from scalesweep_hf.ops.blocks import row_slices
 
 # Weight elements decoded at a time: half a GB. A launch more costs less than a smaller product.
@@ -63,10 +64,13 @@ def multiply(
     n = packed.shape[0]
     rows = x.reshape(-1, x.shape[-1])  # [T, K]
     scales = (tensor_scale, input_scale)
+    arguments = (rows, packed, block_scale, *scales, bias, dtype)
     if not (len(rows) and n):
         y = x.new_empty((len(rows), n), dtype=dtype)
+    elif len(rows) == 1:
+        y = multiply_one(*arguments)
     elif len(rows) <= FEW and rows.shape[1] % 32 == 0:
-        y = multiply_few(rows, packed, block_scale, tensor_scale, input_scale, bias, dtype)
+        y = multiply_few(*arguments)
     else:
         y = _multiply_many(rows, packed, block_scale, scales, bias, dtype)
     return y.reshape(*x.shape[:-1], n)
