@@ -240,7 +240,7 @@ def kernel(
     queries = ()
     for part in tl.static_range(PAD // WIDTH):
         q = _query(query_ptr, real, inverse, part * WIDTH, WIDTH, DIM, UNIT)
-        queries = queries + (q,)  # type: ignore[assignment]
+        queries = queries + (q,)
     factor = unit * (tl.load(key_scale_ptr) * (scaling * LOG2E))  # scores are in bits
 
     key_ptr += b * key_b + h * key_h
@@ -260,13 +260,13 @@ def kernel(
         blocks = ()
         for part in tl.static_range(PAD // WIDTH):
             k = _load(here, limit, part * WIDTH, WIDTH, KEY_STRIDE, DIM, TOKENS, UNIT)
-            blocks = blocks + (k,)  # type: ignore[assignment]
+            blocks = blocks + (k,)
         v0, v1, vc = _load(
             value_ptr + far * VALUE_STRIDE, limit, 0, PAD, VALUE_STRIDE, DIM, TOKENS, UNIT
         )
         score = tl.zeros((TOKENS, ROWS), tl.float32)
         for part in tl.static_range(PAD // WIDTH):
-            k0, k1, kc = blocks[part]  # type: ignore[var-annotated]
+            k0, k1, kc = blocks[part]
             score = tl.dot(_values(k0, k1, kc, TOKENS, WIDTH, UNIT, True), queries[part], score)
         score = score * factor[None, :]
         if MASK != 0 and SHARED:
