@@ -6,9 +6,6 @@ becomes four words of two halves with masks and shifts, and a product with the b
 undoes most of the power, is exact: it has at most 6 significant bits.
 """
 
-# Tuples grow in kernels.
-# mypy: disable-error-code="assignment,misc,unreachable,var-annotated"
-
 import torch
 import triton
 import triton.language as tl

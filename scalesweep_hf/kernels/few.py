@@ -7,9 +7,6 @@ because k is permuted alike in both operands. Warps of a program share out k, an
 Sums are of products over 256 (`decoding.REST`), so products below 2**-118 lose bits.
 """
 
-# Tuples grow in kernels.
-# mypy: disable-error-code="assignment,misc,unreachable,var-annotated"
-
 import torch
 import triton
 import triton.language as tl

@@ -4,9 +4,6 @@ A program is one warp, and every thread takes a block of 16 at a time: its codes
 pairs, then float32, and the sum of their products is multiplied by the block's scale.
 """
 
-# Tuples grow in kernels.
-# mypy: disable-error-code="assignment,misc,unreachable,var-annotated"
-
 import torch
 import triton
 import triton.language as tl
