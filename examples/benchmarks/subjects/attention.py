@@ -32,7 +32,7 @@ TINY = ((2, 48),)
 def measure(settings: Settings) -> Iterator[Measurement]:
     """Measure every way at every size."""
     for batch, tokens in TINY if settings.tiny else SIZES:
-        best = float("inf")
+        rows = []
         for what, make in ways(settings).items():
             facts: dict[str, float] = {}
 
@@ -50,12 +50,14 @@ def measure(settings: Settings) -> Iterator[Measurement]:
 
             row = attempt("", f"{batch} x {tokens}", what, run)
             if row.quartiles is not None:
-                if what.startswith("sdpa"):
-                    best = min(best, row.median)
                 row.figures |= facts
                 row.figures["TB/s"] = facts["MB"] / row.median
-                row.figures["speed-up"] = best / row.median
-            yield row
+            rows.append(row)
+        timed = [row for row in rows if row.quartiles is not None]
+        sdpa_times = [row.median for row in timed if row.what.startswith("sdpa")]
+        for row in timed if sdpa_times else ():
+            row.figures["speed-up"] = min(sdpa_times) / row.median
+        yield from rows
 
 
 @dataclass(frozen=True)

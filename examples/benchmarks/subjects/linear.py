@@ -51,7 +51,8 @@ def measure(settings: Settings) -> Iterator[Measurement]:
                     with torch.no_grad():
                         return time_chain(calls, settings.repeats, settings.device)
 
-                row = attempt(f"{n} x {k}", f"{tokens} tokens", what, run)
+                column = "1 token" if tokens == 1 else f"{tokens} tokens"
+                row = attempt(f"{n} x {k}", column, what, run)
                 if what == "bfloat16":
                     medians[tokens] = row.median
                 if row.quartiles is not None:
