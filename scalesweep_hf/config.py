@@ -77,12 +77,13 @@ class ScaleSweepConfig(QuantizationConfigMixin):  # type: ignore[misc]
         modules_to_not_convert: name patterns of Linears to leave alone, besides output heads,
             routers and non-text towers; "!pattern" quantizes what would be left, for example
             "!lm_head".
-        backend: "torch", or with the same bits "triton", kernels for CUDA devices, and "numba",
-            loops for CPUs, which also keeps weights there that are there; "auto" takes them where
-            they run. May differ when a saved checkpoint is loaded.
+        backend: "torch", or "triton", kernels for CUDA devices, and "numba", loops for CPUs, which
+            also keeps weights there that are there; "auto" takes them where they run. They have the
+            same bits, but for the order in which products and attention are summed. May differ when
+            a saved checkpoint is loaded.
         packed_cache: with quantized keys and values, ``generate`` stores them packed, at 4.5 bits
             per element, unless given a cache; False keeps Transformers' own cache, with the same
-            results. May differ when a saved checkpoint is loaded.
+            values. May differ when a saved checkpoint is loaded.
         dequantize: on loading a saved checkpoint, turn it back into plain Linears.
         kwargs: fields that saved checkpoints carry (`RESOLVED`); anything else raises.
 

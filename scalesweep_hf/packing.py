@@ -163,8 +163,8 @@ class GroupPacker:
         """Quantize weights of the CPU on the accelerator, to the same bits.
 
         Returns:
-            The packed tensors, on the CPU; None where there is no accelerator, where its memory
-            does not suffice, or where the user has asked for the CPU's own loops.
+            The packed tensors, on the CPU; None where there is no accelerator, where it fails (for
+            want of memory, most often), or where the user has asked for the CPU's own loops.
         """
         device, home = sweep_device(), torch.device("cpu")
         loops = any(model.get_submodule(name).recipe.backend == "numba" for name in group)
@@ -173,10 +173,12 @@ class GroupPacker:
         try:
             results = quantize([carry(weight, device) for weight in weights])
             return [{part: carry(t, home) for part, t in tensors.items()} for tensors in results]
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # page-locked memory and contexts have errors of their own
+            short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+            why = "has too little free memory" if short else f"fails ({type(error).__name__})"
             logger.warning_once(
-                f"{device} has too little free memory to quantize {', '.join(group)}, whose "
-                "weights are on the CPU: quantizing on the CPU instead, to the same bits."
+                f"{device} {why}: weights that are on the CPU are quantized there, to the same "
+                "bits, but slower."
             )
             return None
 

@@ -321,7 +321,7 @@ class ScaleSweepHfQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        """Forward passes are plain torch operations."""
+        """Forward passes are torch operations and operators that graphs hold."""
         return True
 
 

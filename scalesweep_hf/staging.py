@@ -22,7 +22,7 @@ def carry(tensor: Tensor, device: torch.device) -> Tensor:
         device: the other of the two.
 
     Returns:
-        A contiguous copy; the tensor itself if it is there already.
+        A copy; the tensor itself if it is there already.
     """
     if tensor.nbytes < FEW or tensor.device == device:
         return tensor.to(device)

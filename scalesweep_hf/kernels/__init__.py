@@ -1,4 +1,4 @@
-"""Fast twins of `ops.blocks`, with the same bits, and of `ops.attention`, to rounding."""
+"""Fast twins of `ops.blocks` and `ops.attention`: the same bits, or sums in another order."""
 
 import importlib
 import importlib.util
@@ -29,8 +29,8 @@ if HAS_TRITON:
     except (ImportError, AttributeError, OSError, RuntimeError) as error:
         HAS_TRITON = False
         warnings.warn(
-            f"triton does not work here ({error}); CUDA tensors take slower torch operations with "
-            "the same bits: repair or remove triton",
+            f"triton does not work here ({error}); CUDA tensors take slower torch "
+            "operations: repair or remove triton",
             stacklevel=2,
         )
 # A module that was pickled where there was another backend works here too.

@@ -60,8 +60,19 @@ def takes(query: Tensor, key_rows: Tensor) -> bool:
     real = torch.compiler.is_compiling() or (
         type(query) is Tensor and not torch._C._get_tracing_state()
     )
-    there = INTERPRETED or (query.is_cuda and torch.version.hip is None)  # it has PTX
+    # Graphs are made of caches that have asked `runs_on` before.
+    there = INTERPRETED or query.is_cuda
+    there = there and (torch.compiler.is_compiling() or runs_on(query.device))
     return real and there and small and not gradient and query.dtype in DTYPES
+
+
+@functools.cache
+def runs_on(device: torch.device) -> bool:
+    """Whether the kernel runs on a device: it has PTX of Ampere."""
+    if INTERPRETED or device.type != "cuda":
+        return bool(INTERPRETED)
+    major: int = torch.cuda.get_device_capability(device)[0]
+    return torch.version.hip is None and major >= 8
 
 
 def _attend(
@@ -171,4 +182,4 @@ def _empty(query: Tensor, *args: object) -> Tensor:
     return query.new_empty(batch, t, heads, dim).transpose(1, 2)
 
 
-ATTENTION["triton"] = Attention(attend, pays=takes)
+ATTENTION["triton"] = Attention(attend, pays=takes, runs_on=runs_on)

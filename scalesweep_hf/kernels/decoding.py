@@ -43,18 +43,28 @@ def pairs(word, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
+def scale_of(bits):
+    """Return the value of an E4M3 scale, [..] float32; NaN stays.
+
+    Args:
+        bits: [..] int32 with the code shifted left by 20, its sign in bit 31 too; others may be
+            anything.
+    """
+    scale = (bits & SCALE_BITS).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
+    return tl.where(tl.abs(scale) > 448.0, float("nan"), scale)
+
+
+@triton.jit
 def factor(bits, BFLOAT16: tl.constexpr):
     """Return an E4M3 scale as two equal halves in int32, which bring `pairs` to values / REST.
 
     They are the scale times 2**118 in bfloat16, times 2**6 in float16; NaN stays.
 
     Args:
-        bits: [..] int32 with the code shifted left by 20, its sign in bit 31 too; others may be
-            anything.
+        bits: as of `scale_of`.
         BFLOAT16: the format, else float16.
     """
-    scale = (bits & SCALE_BITS).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
-    scale = tl.where(tl.abs(scale) > 448.0, float("nan"), scale)
+    scale = scale_of(bits)
     if BFLOAT16:
         half = (scale * 3.3230699894622897e35).to(tl.int32, bitcast=True)  # 2**118; exact, so
         return half | ((half >> 16) & 0xFFFF)  # the lower bits were zero
@@ -107,12 +117,12 @@ def widened(bits, BFLOAT16: tl.constexpr):
 def _kernel(
     packed_ptr,  # [words] of eight codes
     scale_ptr,  # [words / 2] uint8
-    tensor_scale_ptr,  # TRUSTS: unused, else [] float32
+    tensor_scale_ptr,  # EXACT: unused, else [] float32
     input_scale_ptr,  # SCALES_INPUT: [] float32, else unused
     result_ptr,  # [words, 8]
     words,
     trusted,
-    TRUSTS: tl.constexpr,
+    EXACT: tl.constexpr,  # whether nothing is trusted
     SCALES_INPUT: tl.constexpr,
     WORDS: tl.constexpr,
     STEPS: tl.constexpr,
@@ -120,7 +130,7 @@ def _kernel(
     BFLOAT16: tl.constexpr = result_ptr.dtype.element_ty != tl.float16
     first = tl.program_id(0).to(tl.int64) * (WORDS * STEPS) + tl.arange(0, WORDS)
     rest = REST
-    if not TRUSTS:
+    if not EXACT:
         scale = tl.load(tensor_scale_ptr)
         if SCALES_INPUT:
             scale = tl.load(input_scale_ptr) * scale
@@ -163,7 +173,8 @@ def decode(
         block_scale: [..., K/16] float8_e4m3fn.
         result: [..., K] float32, bfloat16 or float16, contiguous.
         trusted: what a later step multiplies by on trust. Where that is not the product of the two
-            scales, values are multiplied by what is missing, and no longer exact.
+            scales, values are multiplied by what is missing, and no longer exact (nor finite in
+            float16, where that is 24 or more).
         tensor_scale: [] float32, with trusted.
         input_scale: [] float32 or None, with trusted.
     """
@@ -179,7 +190,7 @@ def decode(
             result,
             words,
             1.0 if trusted is None else trusted,
-            TRUSTS=trusted is None,
+            EXACT=trusted is None,
             SCALES_INPUT=input_scale is not None,
             WORDS=WORDS,
             STEPS=STEPS,
@@ -189,7 +200,7 @@ def decode(
 
 
 def in_words(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the bytes of x [..., n] as dtype, contiguous, where words of it can be loaded."""
-    x = x.contiguous()
+    """Return the bytes of x as [..] dtype, contiguous, where words of it can be loaded."""
+    x = x.contiguous().reshape(-1)  # one row may have any stride
     aligned = x if x.data_ptr() % dtype.itemsize == 0 else x.clone()
     return aligned.view(dtype)

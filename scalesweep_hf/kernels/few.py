@@ -21,7 +21,7 @@ from scalesweep_hf.kernels.decoding import REST, factor, halves, in_words, pairs
 _VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 LAST_FIRST = tl.constexpr(_VERSION >= (3, 7))
 IN_PAIRS = tl.constexpr(_VERSION >= (3, 8))
-# Tokens that the first kernel takes, and tokens a tile; before 3.5, Triton has no tiles so narrow.
+# Tokens that this kernel takes, and tokens a tile; before 3.5, Triton has no tiles so narrow.
 FEW = 32 if _VERSION >= (3, 5) else 0
 TILE = tl.constexpr(8)
 

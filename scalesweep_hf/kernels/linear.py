@@ -18,12 +18,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from scalesweep_hf.kernels.decoding import decode
 from scalesweep_hf.kernels.few import FEW, multiply_few
 from scalesweep_hf.kernels.vector import multiply_one
-from scalesweep_hf.ops.blocks import row_slices
+from scalesweep_hf.ops.blocks import row_slices, without_autocast
 
 # Weight elements decoded at a time: half a GB. A launch more costs less than a smaller product.
 DECODED = 1 << 28
-# Tokens from which on cuBLAS applies the tensor scale.
+# Tokens, and elements of the result, from which on cuBLAS applies the tensor scale: a result that
+# fills the device gives it no reason to split the sum, whose parts it may then round to 16 bits.
 TRUSTING = 1024
+FILLING = 1 << 22
 # Elements of the result that a program of `_finish_kernel` takes.
 FINISHED = 2048
 
@@ -51,6 +53,7 @@ def _finish_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=at < size)
 
 
+@without_autocast
 def multiply(
     x: Tensor,
     packed: Tensor,
@@ -89,7 +92,7 @@ def _multiply_many(
 ) -> Tensor:
     value = None
     fits = rows.is_cuda and rows.dtype == dtype and (bias is None or bias.dtype == dtype)
-    if fits and len(rows) >= TRUSTING:
+    if fits and len(rows) >= TRUSTING and len(rows) * packed.shape[0] >= FILLING:
         value = _trusted(scales)
     parts = []
     for part in row_slices(packed.shape[0], rows.shape[1], DECODED):
@@ -113,6 +116,7 @@ def _multiply_many(
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+@without_autocast
 def multiply_back(
     gradient: Tensor,
     packed: Tensor,
@@ -123,7 +127,7 @@ def multiply_back(
 ) -> Tensor:
     """Return the gradient of x [..., K] dtype from that of y [..., N]: (g (codes * scale)) * S."""
     n, k = packed.shape[0], 2 * packed.shape[1]
-    rows = gradient.reshape(-1, n)
+    rows = gradient.unsqueeze(0).flatten(0, -2)  # [T, N]
     total = rows.new_zeros((len(rows), k), dtype=torch.float32)
     for part in row_slices(n, k, DECODED):
         w = rows.new_empty((len(packed[part]), k))

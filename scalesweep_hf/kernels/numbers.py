@@ -243,10 +243,3 @@ def add_power(y, multiple):
     power = tl.maximum(y, 1.0).to(tl.int32, bitcast=True) & 0x7F800000
     power = power.to(tl.float32, bitcast=True)
     return power, tl.fma(power, multiple, y)
-
-
-@triton.jit
-def value_of(index):
-    """Return the E2M1 magnitude of an index 0...7, float32."""
-    large = ((index + 252) << 22).to(tl.float32, bitcast=True)
-    return tl.where(index < 2, index.to(tl.float32) * 0.5, large)

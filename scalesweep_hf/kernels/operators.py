@@ -91,7 +91,7 @@ class Kernels:
         window: Window = "bounded",
     ) -> tuple[Tensor, Tensor]:
         """Twin of `scalesweep_hf.ops.blocks.encode_blocks`."""
-        if not self._takes(x, objective):
+        if not self._takes(x, objective, importance):
             return self._fallback.encode_blocks(
                 x, tensor_scale, objective=objective, importance=importance, window=window
             )
@@ -109,7 +109,7 @@ class Kernels:
         window: Window = "bounded",
     ) -> Tensor:
         """Twin of `scalesweep_hf.ops.blocks.round_blocks`."""
-        if not self._takes(x, objective):
+        if not self._takes(x, objective, importance):
             return self._fallback.round_blocks(
                 x, tensor_scale, objective=objective, importance=importance, window=window
             )
@@ -119,7 +119,8 @@ class Kernels:
 
     def decode_blocks(self, packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Twin of `scalesweep_hf.ops.blocks.decode_blocks`."""
-        if not self._sees(packed) or dtype not in DTYPES:
+        fits = packed.numel() == block_scale.numel() * BLOCK // 2
+        if not (fits and self._sees(packed) and dtype in DTYPES):
             return self._fallback.decode_blocks(packed, block_scale, dtype)
         run = self._decode_operator if torch.compiler.is_compiling() else self._decode_now
         values: Tensor = run(packed, block_scale, dtype)
@@ -138,20 +139,30 @@ class Kernels:
     ) -> Tensor:
         """Twin of `scalesweep_hf.ops.blocks.multiply_blocks`, but for the order of its sums."""
         operands = x, packed, block_scale, tensor_scale
+        scales, train = (tensor_scale, input_scale), torch.is_grad_enabled()
         halves = x.dtype in (torch.bfloat16, torch.float16)
-        # Mixed devices are an error that the definition makes plain.
-        together = all(t is None or t.device == x.device for t in (*operands, input_scale, bias))
-        if self._products is None or not (halves and together and self._sees(x)):
+        # Mixed devices and shapes are errors that the definition makes plain.
+        fits = all(t is None or t.device == x.device for t in (*operands, input_scale, bias))
+        fits = fits and _shapes_fit(x, packed, block_scale, bias)
+        learned = train and any(t is not None and t.requires_grad for t in scales)
+        takes = halves and fits and not learned and self._sees(x)
+        if self._products is None or not takes:
             options: dict[str, Any] = {"input_scale": input_scale, "bias": bias, "dtype": dtype}
             return multiply_blocks(*operands, **options, decode=self.decode_blocks)
         run: Callable[..., Tensor] = self._products.forward
-        trains = any(t is not None and t.requires_grad for t in (x, bias))
-        if torch.compiler.is_compiling() or (trains and torch.is_grad_enabled()):
+        train = train and any(t is not None and t.requires_grad for t in (x, bias))
+        if torch.compiler.is_compiling() or train:
             run = self._multiply_operator
         return run(*operands, input_scale, bias, dtype or x.dtype)
 
-    def _takes(self, x: Tensor, objective: str) -> bool:
-        return self._sees(x) and x.dtype in DTYPES and not OBJECTIVES[objective].coupled
+    def _takes(self, x: Tensor, objective: str, importance: Tensor | None) -> bool:
+        if OBJECTIVES[objective].coupled or x.dtype not in DTYPES or x.shape[-1] % BLOCK:
+            return False
+        if importance is not None and not (
+            importance.shape[-1] == x.shape[-1] and importance.numel() in (x.shape[-1], x.numel())
+        ):
+            return False
+        return self._sees(x)
 
     def _sees(self, x: Tensor) -> bool:
         """Whether x is here and has memory; traces and fake tensors follow the definition."""
@@ -246,12 +257,19 @@ def product_operator(prefix: str, products: Products) -> Callable[..., Tensor]:
         if ctx.needs_input_grad[0]:
             of_x = multiply_back(gradient, *ctx.saved_tensors, x_dtype)
         if ctx.needs_input_grad[5]:
-            rows = gradient.reshape(-1, gradient.shape[-1])
+            rows = gradient.unsqueeze(0).flatten(0, -2)
             of_bias = rows.sum(0, dtype=torch.float32).to(bias_dtype)
         return of_x, None, None, None, None, of_bias, None
 
     multiply.register_autograd(back, setup_context=keep)
     return multiply
+
+
+def _shapes_fit(x: Tensor, packed: Tensor, block_scale: Tensor, bias: Tensor | None) -> bool:
+    n, half = packed.shape
+    if x.shape[-1] != 2 * half or block_scale.shape != (n, half * 2 // BLOCK):
+        return False
+    return bias is None or bias.shape == (n,)
 
 
 def _beside(x: Tensor, other: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The product of one token by a packed weight, on the cores that add and multiply float32.
 
 A program is one warp, and every thread takes a block of 16 at a time: its codes become float16 in
-pairs, then float32, and the sum of their products is multiplied by the block's scale.
+pairs, then float32, and the sum of their products is multiplied by the block's scale. Those are
+products times 2**-14, so that products below 2**-112 lose bits.
 """
 
 import torch
@@ -9,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scalesweep_hf.kernels.decoding import INTERPRETER, SCALE_BITS, in_words, pairs, widened
+from scalesweep_hf.kernels.decoding import INTERPRETER, in_words, pairs, scale_of, widened
 from scalesweep_hf.kernels.numbers import INTERPRETED
 from scalesweep_hf.ops.sweep import BLOCK
 
@@ -96,9 +97,7 @@ def _kernel(
             total = tl.zeros((THREADS,), tl.float32)
             total = _add_eight(total, words[r].to(tl.int32), x, 0)
             total = _add_eight(total, (words[r] >> 32).to(tl.int32), x, 8)
-            bits = (codes[r].to(tl.int8, bitcast=True).to(tl.int32) << 20) & SCALE_BITS
-            scale = bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2**120
-            scale = tl.where(tl.abs(scale) > 448.0, float("nan"), scale)
+            scale = scale_of(codes[r].to(tl.int8, bitcast=True).to(tl.int32) << 20)
             added = added + (tl.fma(total, scale, sums[r]),)
         sums = added
     scale = tl.load(tensor_scale_ptr)

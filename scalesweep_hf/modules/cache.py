@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from scalesweep_hf.kernels import resolve
 from scalesweep_hf.modules.lookup import wrap_lookup
-from scalesweep_hf.modules.packed import PackedStates
+from scalesweep_hf.modules.packed import PackedStates, mark
 from scalesweep_hf.ops.kv import StateCodec, packed_size
 
 # New tokens up to which attention can read packed rows: those of decoding, not of a prompt.
@@ -70,11 +70,13 @@ class PackedLayer:
             ValueError: D is not a multiple of 16, or without calibrated codecs the first states are
                 not finite.
         """
-        if self.key_codec is None or self.value_codec is None:
-            self.key_codec = StateCodec.for_states(key_states, backend=self.backend)
-            self.value_codec = StateCodec.for_states(value_states, backend=self.backend)
         packed_size(key_states.shape[-1])
         packed_size(value_states.shape[-1])
+        if self.key_codec is None or self.value_codec is None:
+            codecs = (
+                StateCodec.for_states(x, backend=self.backend) for x in (key_states, value_states)
+            )
+            self.key_codec, self.value_codec = codecs
         keys, values = super().update(  # type: ignore[misc]
             self.key_codec.pack(key_states), self.value_codec.pack(value_states), *args, **kwargs
         )
@@ -88,7 +90,7 @@ class PackedLayer:
         decoded = packed[0].decoded(), packed[1].decoded()
         if not torch.compiler.is_compiling():
             for states in decoded:
-                states.packed_layer = self  # type: ignore[attr-defined]
+                mark(states, self)
         return decoded
 
     def filled(self) -> Tensor | None:
@@ -148,7 +150,9 @@ def pack_cache(cache: Cache, only: Collection[int] | None = None) -> Cache:
         raise ValueError("the cache has no layers yet: make it with config=model.config")
     for index, layer in enumerate(cache.layers):
         if type(layer) not in PACKED:
-            if only is None and hasattr(layer, "keys") and not isinstance(layer, PackedLayer):
+            # (A DummyLayer stands where a model uses the states of another layer.)
+            packs = isinstance(layer, PackedLayer) or type(layer).__name__ == "DummyLayer"
+            if only is None and hasattr(layer, "keys") and not packs:
                 raise ValueError(
                     f"layer {index} is a {type(layer).__name__}, which cannot be packed"
                 )

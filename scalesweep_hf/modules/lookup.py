@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from scalesweep_hf.modules.packed import PackedStates
+from scalesweep_hf.modules.packed import PackedStates, origin
 from scalesweep_hf.ops.attention import ATTENTION, attend_packed
 
 # What `sdpa_attention_forward` heeds and `attend_packed` does not do, with the values that ask for
@@ -61,12 +61,12 @@ def _attend(
         plain = attention is sdpa_attention_forward and key.shape == value.shape
         if plain and _is_plain(module, query, key, *args, **kwargs):
             return _attend_packed(query, key, value, *args, **kwargs), None
-        key, value = key.decoded(), value.decoded()
     elif not torch.compiler.is_compiling():
-        layer: Any = getattr(key, "packed_layer", None)
-        together = layer is getattr(value, "packed_layer", None)
-        if layer is not None and together:
-            layer.reaches_attention = True
+        layer = origin(key)
+        if layer is not None and layer is origin(value):
+            runs_on = ATTENTION[layer.key_codec.backend].runs_on
+            layer.reaches_attention = runs_on(query.device)
+    key, value = (s.decoded() if isinstance(s, PackedStates) else s for s in (key, value))
     return attention(module, query, key, value, *args, **kwargs)
 
 

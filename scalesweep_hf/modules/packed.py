@@ -1,20 +1,46 @@
 """Keys and values as a packed cache hands them to attention: rows of bytes, decoded on demand."""
 
+import weakref
+from collections.abc import MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from scalesweep_hf.ops.kv import StateCodec
 
-OPERATORS = ("add", "sub", "mul", "truediv", "matmul", "getitem", "neg")
+ARITHMETIC = ("add", "sub", "mul", "truediv", "matmul")
+OPERATORS = (*ARITHMETIC, *(f"r{name}" for name in ARITHMETIC), "pow", "neg", "abs")
+OPERATORS += ("lt", "le", "gt", "ge", "getitem", "len")
+
+# By tensor that a layer has decoded: the layer, and the tensor's version then. (An attribute of the
+# tensor would be copied and saved with it.)
+_origins: MutableMapping[Tensor, tuple[weakref.ref[Any], int | None]] = WeakTensorKeyDictionary()
+
+
+def mark(tensor: Tensor, layer: Any) -> None:
+    """Remember that a cache layer has decoded a tensor."""
+    _origins[tensor] = weakref.ref(layer), _version(tensor)
+
+
+def origin(tensor: Any) -> Any:
+    """Return the layer that has decoded what this is; None if it is anything else by now."""
+    if not isinstance(tensor, Tensor) or tensor not in _origins:
+        return None
+    layer, version = _origins[tensor]
+    return layer() if version == _version(tensor) else None
+
+
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class PackedStates:
     """Stands in for a tensor [B, H, S, D] of keys or values.
 
-    Whatever a tensor can do, this does by decoding itself first; only attention that reads rows
-    takes them as they are.
+    For attributes, torch's functions, arithmetic and indexing it decodes itself first; only
+    attention that reads rows takes them as they are. It refuses to be changed in place.
 
     Attributes:
         rows: [B, H, S, 9 D / 16] uint8.
@@ -31,6 +57,7 @@ class PackedStates:
         self.codec = codec
         self.dtype = dtype
         self.length = length
+        self._tensor: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -43,11 +70,21 @@ class PackedStates:
         return self.rows.device
 
     def decoded(self) -> Tensor:
-        """Return the tensor [B, H, S, D]."""
-        return self.codec.unpack(self.rows, self.dtype)
+        """Return the tensor [B, H, S, D], decoded once."""
+        if self._tensor is None:
+            self._tensor = self.codec.unpack(self.rows, self.dtype)
+        return self._tensor
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what `Tensor.to` would, this itself where nothing is to be done."""
+        mine = {torch.device: self.device, torch.dtype: self.dtype}
+        stays = all(x == mine.get(type(x), object()) for x in (*args, *kwargs.values()))
+        return self if stays else self.decoded().to(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Ask the tensor for everything else."""
+        """Ask the tensor for everything else, but for what copying and pickling look for."""
+        if name.endswith("_") or "_tensor" not in self.__dict__:
+            raise AttributeError(f"{name}: packed states cannot be changed in place")
         return getattr(self.decoded(), name)
 
     @classmethod

@@ -117,10 +117,12 @@ class Attention:
     Attributes:
         attend: takes what the definition takes.
         pays: whether, for a query and packed rows, this is faster than decoding all rows first.
+        runs_on: whether it can be so at all on a device.
     """
 
     attend: Callable[..., Tensor]
     pays: Callable[[Tensor, Tensor], bool]
+    runs_on: Callable[[torch.device], bool] = lambda device: True
 
 
 # By name; `scalesweep_hf.kernels` adds its own.

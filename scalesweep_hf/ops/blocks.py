@@ -5,8 +5,10 @@ are the definition; `scalesweep_hf.kernels` has faster ones, and whatever calls 
 of a `Backend`.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,6 +115,21 @@ def decode_blocks(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Te
     return blocks.flatten(-2)
 
 
+def without_autocast(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Let a function of a tensor choose its dtypes itself, also under torch.autocast."""
+
+    @functools.wraps(function)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kind = x.device.type
+        if kind == "meta" or not torch.is_autocast_enabled(kind):
+            return function(x, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return function(x, *args, **kwargs)
+
+    return run
+
+
+@without_autocast
 def multiply_blocks(
     x: Tensor,
     packed: Tensor,
@@ -145,7 +162,7 @@ def multiply_blocks(
     """
     rows = x.reshape(-1, x.shape[-1])  # [T, K]
     # A product of halves to float32 exists on CUDA alone, and has no derivative.
-    of_halves = rows.is_cuda and rows.dtype != torch.float32
+    of_halves = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
     of_halves = of_halves and not (rows.requires_grad and torch.is_grad_enabled())
     parts = []
     for part in row_slices(packed.shape[0], x.shape[-1], DECODED):

@@ -51,6 +51,8 @@ def test_ordinary_blocks_have_the_bits_of_the_definition(
 ) -> None:
     if window == "exact" and objective not in ("mse", "wmse"):
         pytest.skip("only sweeps have windows")
+    if window == "exact" and device == "cpu" and dtype != torch.float32:
+        pytest.skip("interpreted, exact windows take float32 alone")
     if device == "cpu":  # what other blocks take is not there: nothing may ask for it
         monkeypatch.setattr(kernels, "choose", None)
     x = ordinary_blocks(100 if device == "cuda" else 30, dtype)

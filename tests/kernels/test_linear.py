@@ -128,6 +128,42 @@ def test_every_code_with_every_scale_is_multiplied_exactly(
     assert torch.equal(y.nan_to_num(9999.0), expected)
 
 
+@pytest.mark.parametrize("t", [1, 3, 40])
+def test_shapes_that_do_not_fit_are_refused(twin: Backend, t: int, device: str) -> None:
+    w = matrix(24, 64, device)
+    for k in (32, 48, 96):
+        x = tokens(t, k, dtype=torch.bfloat16, device=device)
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            multiply(twin, x, w)
+    x = tokens(t, 64, dtype=torch.bfloat16, device=device)
+    with pytest.raises(RuntimeError, match="must match the size"):
+        multiply(twin, x, w, bias=x[0, :5])
+    with pytest.raises(RuntimeError):
+        twin.round_blocks(x[:, :24], w.tensor_scale, objective="mse")
+    with pytest.raises(RuntimeError):
+        twin.encode_blocks(x, w.tensor_scale, objective="wmse", importance=x[0, :32].float() ** 2)
+    with pytest.raises(RuntimeError):
+        twin.decode_blocks(w.packed, w.block_scale[:, :2], torch.bfloat16)
+
+
+@pytest.mark.parametrize("t", [1, 3, 40])
+def test_autocast_leaves_sums_in_float32(twin: Backend, t: int, device: str) -> None:
+    w, x = matrix(16, 1024, device), tokens(t, 1024, dtype=torch.bfloat16, device=device)
+    for backend in (twin, BACKENDS["torch"]):
+        expected = multiply(backend, x, w, dtype=torch.float32)
+        with torch.autocast(device, torch.float16):
+            found = multiply(backend, x, w, dtype=torch.float32)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("t", [1, 3, 40])
+def test_one_row_of_a_wider_tensor(twin: Backend, t: int, device: str) -> None:
+    w, x = matrix(1, 64, device), tokens(t, 64, dtype=torch.bfloat16, device=device)
+    wider = torch.cat([w.packed, w.packed[:, :1]], 1)
+    view = NVFP4Tensor(wider[:, :32], w.block_scale, w.tensor_scale)
+    assert torch.equal(multiply(twin, x, view), multiply(twin, x, w))
+
+
 @pytest.mark.parametrize("t", [1, 7, 34])
 def test_input_is_read_as_it_is_seen(twin: Backend, t: int, device: str) -> None:
     w = matrix(24, 96, device)
@@ -300,9 +336,9 @@ def test_scales_that_cublas_applies_come_after_the_sum_too(
 ) -> None:
     needs_cuda()
     twin = BACKENDS["triton"]
-    w, x = matrix(384, 512, "cuda", 0.0123), tokens(1100, 512, dtype=dtype, device="cuda")
+    w, x = matrix(4096, 512, "cuda", 0.0123), tokens(1100, 512, dtype=dtype, device="cuda")
     w = NVFP4Tensor(w.packed, w.block_scale, w.tensor_scale * 2.0**-9)
-    bias = tokens(384, dtype=dtype, device="cuda") if biased else None
+    bias = tokens(4096, dtype=dtype, device="cuda") if biased else None
     input_scale = torch.tensor(0.77, device="cuda")
     check(multiply(twin, x, w, bias=bias), x, w, w.tensor_scale, bias)
     y = multiply(twin, x, w, bias=bias, input_scale=input_scale)
@@ -314,7 +350,7 @@ def test_scales_that_cublas_applies_come_after_the_sum_too(
 def test_a_scale_that_changes_is_noticed(t: int) -> None:
     needs_cuda()
     twin = BACKENDS["triton"]
-    w, x = matrix(384, 512, "cuda"), tokens(t, 512, dtype=torch.bfloat16, device="cuda")
+    w, x = matrix(4096, 512, "cuda"), tokens(t, 512, dtype=torch.bfloat16, device="cuda")
     multiply(twin, x, w)
     w.tensor_scale.mul_(1.37)
     check(multiply(twin, x, w), x, w, w.tensor_scale)

@@ -1,5 +1,7 @@
 """Decoding reads packed rows where it can, and computes what it computed before."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -306,6 +308,48 @@ def test_states_that_do_not_reach_attention_untouched_stay_decoded() -> None:
     assert isinstance(keys, PackedStates)
     keys, values = cache.update(x.repeat(1, 1, 3, 1), x.repeat(1, 1, 3, 1), 0)
     assert isinstance(keys, Tensor)  # a prompt
+
+
+def test_states_changed_in_place_are_not_taken_for_what_the_cache_returned() -> None:
+    cache = NVFP4Cache(config=tf.LlamaConfig(**DECODER))
+    x = torch.randn(1, 2, 4, 16)
+    keys, values = cache.update(x, x, 0)
+    keys.mul_(2)
+    _attend(sdpa, Module(), torch.randn(1, 4, 4, 16), keys, values, None)
+    assert not cache.layers[0].reaches_attention
+    packed, _ = states(3)
+    with pytest.raises(AttributeError, match="in place"):
+        packed.mul_(2)
+
+
+def test_a_device_that_cannot_run_the_kernel_gets_decoded_states(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cache = NVFP4Cache(config=tf.LlamaConfig(**DECODER))
+    x = torch.randn(1, 2, 4, 16)
+    keys, values = cache.update(x, x, 0)
+    backend = cache.layers[0].key_codec.backend
+    fake = Attention(definition.attend, lambda query, rows: True, lambda device: False)
+    monkeypatch.setitem(ATTENTION, backend, fake)
+    _attend(sdpa, Module(), torch.randn(1, 4, 4, 16), keys, values, None)
+    assert isinstance(cache.update(x, x, 0)[0], Tensor)
+
+
+def test_packed_states_are_decoded_once_and_can_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed, expected = states(3)
+    assert packed.to(torch.float32) is packed
+    assert packed.to(torch.device("cpu")) is packed
+    assert torch.equal(2 * pickle.loads(pickle.dumps(packed)), 2 * expected)
+    assert torch.equal(copy.copy(packed) + 0, expected)
+    assert packed.decoded() is packed.decoded()
+    assert packed.to(torch.float64).dtype == torch.float64
+
+
+def test_what_a_cache_returns_does_not_hold_the_cache(tmp_path: Path) -> None:
+    cache = NVFP4Cache(config=tf.LlamaConfig(**DECODER))
+    keys, _ = cache.update(torch.randn(1, 2, 4, 16), torch.randn(1, 2, 4, 16), 0)
+    torch.save(keys, tmp_path / "keys.pt")
+    assert torch.equal(torch.load(tmp_path / "keys.pt", weights_only=True), keys)
 
 
 @pytest.mark.gpu
