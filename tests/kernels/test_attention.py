@@ -131,13 +131,14 @@ def test_small_and_large_queries_and_scores(factor: float, dtype: torch.dtype, d
 
 def test_every_code_with_every_scale_is_decoded(device: str) -> None:
     """A single token has all the weight: the result is its value, which float16 holds."""
-    codes = torch.arange(256, dtype=torch.uint8).reshape(1, 2, 128).expand(126, 2, 128)
-    scale = torch.arange(1, 127, dtype=torch.uint8).reshape(126, 1, 1).expand(126, 2, 16)
-    rows = torch.cat((codes, scale), dim=-1).reshape(1, 252, 1, 144).to(device)
+    scales = torch.arange(1, 127, 1 if device == "cuda" else 5, dtype=torch.uint8)
+    codes = torch.arange(256, dtype=torch.uint8).reshape(1, 2, 128).expand(len(scales), 2, 128)
+    scale = scales.reshape(-1, 1, 1).expand(-1, 2, 16)
+    rows = torch.cat((codes, scale), dim=-1).reshape(1, -1, 1, 144).to(device)
     one = torch.ones((), device=device)
-    query = torch.zeros(1, 252, 1, 256, dtype=torch.float16, device=device)
+    query = torch.zeros(1, rows.shape[1], 1, 256, dtype=torch.float16, device=device)
     expected = attend_packed(query, rows, rows, one, one, scaling=1.0)
-    assert len(expected.unique()) > 200
+    assert len(expected.unique()) > len(scales)
     actual = attend_packed(query, rows, rows, one, one, scaling=1.0, backend="triton")
     assert torch.equal(actual, expected)
 
