@@ -25,38 +25,13 @@ from typing import Any
 
 import torch
 import transformers
+from llama import SHAPES, random_llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import scalesweep_hf
 from scalesweep_hf import ScaleSweepConfig
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-    },
-    "tiny": {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-    },
-}
 WAYS = {
     "bf16": "as it is",
     "mse": "mse on the fly",
@@ -130,14 +105,8 @@ def checkpoint_folder(shape: LlamaConfig, folder: str | None) -> Iterator[str]:
 def save_random(shape: LlamaConfig, folder: str, device: str) -> float:
     """Write a checkpoint of random weights; return the seconds that it took."""
     start = time.perf_counter()
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = LlamaForCausalLM(shape)
-    finally:
-        torch.set_default_dtype(default)
+    torch.manual_seed(0)
+    model = random_llama(shape, device)
     model.save_pretrained(folder, max_shard_size="5GB")
     del model
     if torch.cuda.is_available():

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from llama import SHAPES
 from subjects import attention, blocks, cpu, decode, linear
 from tables import Table, about, preface, write
 from timing import Measurement, Settings, named
@@ -58,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try out")
     parser.add_argument("--tiny", action="store_true", help="sizes that only show that it runs")
     parser.add_argument("--repeats", type=int, default=50, help="at the most")
-    parser.add_argument("--shape", choices=list(decode.SHAPES), default="8b", help="of the Llama")
+    parser.add_argument("--shape", choices=list(SHAPES), default="8b", help="of the Llama")
     parser.add_argument("--compile", action="store_true", help="decode compiled too: minutes")
     parser.add_argument("--threads", type=int, default=2, help="of the cpu subject")
     parser.add_argument("--dtype", choices=list(cpu.DTYPES), default="float32", help="likewise")

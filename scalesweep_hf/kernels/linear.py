@@ -132,7 +132,7 @@ def multiply_back(
     for part in row_slices(n, k, DECODED):
         w = rows.new_empty((len(packed[part]), k))
         decode(packed[part], block_scale[part], w)
-        total = total + _product(rows[:, part], w)
+        total += _product(rows[:, part], w)
     x = _finish(total, (tensor_scale, input_scale), None, dtype)
     return x.reshape(*gradient.shape[:-1], k)
 

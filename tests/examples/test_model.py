@@ -1,18 +1,29 @@
+import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from scalesweep_hf import __version__
-from tests.conftest import ROOT, load_example
+from tests.conftest import ROOT
 
-model = load_example("benchmarks/model")
+
+@pytest.fixture(scope="module")
+def model() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "examples" / "benchmarks")
+        yield importlib.import_module("model")
 
 
 def test_the_benchmark_of_loading_measures_every_way_that_a_cpu_can(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    model: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     script = str(ROOT / "examples" / "benchmarks" / "model.py")
     sizes = ["--shape", "tiny", "--rows", "4", "--length", "32"]
@@ -44,7 +55,9 @@ def test_the_benchmark_of_loading_measures_every_way_that_a_cpu_can(
         assert f"| {model.WAYS[result['what']]} | {result['seconds']:.2f} |" in printed
 
 
-def test_a_worker_is_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_is_a_process_of_its_own(
+    model: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shape = model.LlamaConfig(**model.SHAPES["tiny"], max_position_embeddings=32)
     model.save_random(shape, str(tmp_path), "cpu")
     monkeypatch.setattr(sys, "argv", [str(model.__file__), "--shape", "tiny", "--device", "cpu"])

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from llama import SHAPES, random_llama
 from timing import Measurement, Settings, attempt, captured, quartiles, timed
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import LlamaConfig, StaticCache
 from transformers.utils import logging
 
 from scalesweep_hf import NVFP4StaticCache, ScaleSweepConfig, ScaleSweepHfQuantizer
@@ -20,14 +21,6 @@ NOTE = (
     "sampling; where that was not possible, a note says so. GB: of parameters that a token reads. "
     "W4A16: scheme W. The head and the embedding stay in bfloat16."
 )
-SHAPES: dict[str, dict[str, Any]] = {
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "tiny": {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256},
-}
 SCHEMES = {"bfloat16": None, "W4A16": "W", "WAKVQ": "WAKVQ"}
 CONTEXT, STEPS = 1024, 64
 
@@ -77,14 +70,7 @@ def build(shape: str, device: str) -> Any:
     """Return a random Llama in bfloat16, made on the device."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=8192, rope_theta=500000.0)
     config._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(device):
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval()
+    return random_llama(config, device).eval()
 
 
 def quantize_in_place(model: Any, scheme: str) -> None:
