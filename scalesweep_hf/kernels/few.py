@@ -1,153 +1,133 @@
 """The product of few tokens by a packed weight, which is read once.
 
-A warp takes strips of 8 rows by 128 columns; each of its threads loads 16 bytes, a quarter of a
-strip's row, and decodes them in registers to what the tensor cores take: thread and quarter agree,
-because k is permuted alike in both operands. Warps of a program share out k, and add up at the end.
+A warp takes strips of 128 columns of R times 16 rows; each of its threads loads 16 bytes, a quarter
+of a strip's row, and decodes them in registers to what the tensor cores take (see
+`scalesweep_hf.kernels.fragments`): thread and quarter agree, because k is permuted alike in both
+operands. Warps of a program share out the strips, and add up at the end.
 
 Sums are of products over 256 (`decoding.REST`), so products below 2**-118 lose bits.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from scalesweep_hf.kernels.decoding import REST, factor, halves, in_words, pairs
+from scalesweep_hf.kernels.decoding import REST, in_words
+from scalesweep_hf.kernels.fragments import eight, factors, multiply_add, weights
 
-# What Triton makes of layouts has changed: from 3.7 on, threads go first to the last dimension, no
-# longer to the first, among those without contiguous elements; from 3.8 on, an operand has two
-# columns of a thread in a row, no longer four. A wrong guess only costs speed: operands then move
-# through shared memory (tests/kernels/test_linear.py looks for that).
-_VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
-LAST_FIRST = tl.constexpr(_VERSION >= (3, 7))
-IN_PAIRS = tl.constexpr(_VERSION >= (3, 8))
-# Tokens that this kernel takes, and tokens a tile; before 3.5, Triton has no tiles so narrow.
-FEW = 32 if _VERSION >= (3, 5) else 0
-TILE = tl.constexpr(8)
+FEW = 32  # tokens that this kernel takes
+TILE = tl.constexpr(8)  # tokens of a product of the tensor cores
 
 
 @triton.jit
-def _load_strip(packed_ptr, scale_ptr, first, strip, N, K, R: tl.constexpr, EVEN: tl.constexpr):
-    """Load a strip [W] of R times eight rows: words [8, W, 16] int32, scales [8, W, 4] int16."""
-    groups = K // 32  # of a thread's columns
-    eight = tl.arange(0, 8)
-    word = strip[:, None] * 16 + tl.arange(0, 16)[None, :]
-    pair = strip[:, None] * 4 + tl.arange(0, 4)[None, :]
+def _sixteen_bytes(ptr, at, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
+    """Load 16 bytes at 16 * at, [T] int64: four [T] int32."""
+    where = ptr.to(tl.pointer_type(tl.int64)) + (at[:, None] * 2 + tl.arange(0, 2)[None, :])
+    if MASKED:
+        both = tl.load(where, mask=mask[:, None], other=0, eviction_policy=POLICY)
+    else:
+        both = tl.load(where, eviction_policy=POLICY)
+    a, b = tl.split(both)
+    return a.to(tl.int32), (a >> 32).to(tl.int32), b.to(tl.int32), (b >> 32).to(tl.int32)
+
+
+@triton.jit
+def _load_weights(packed_ptr, scale_ptr, rows, quarter, K, MASKED: tl.constexpr):
+    """Load a quarter of each row's strip: four words, and two scales."""
+    mask = quarter < K // 32
     words = ()
     scales = ()
-    for r in tl.static_range(R):
-        row = tl.minimum(first + r * 8 + eight, N - 1).to(tl.int64)
-        words = words + (_rows(packed_ptr, row, word, groups * 4, EVEN),)
-        scales = scales + (_rows(scale_ptr, row, pair, groups, EVEN),)
+    for i in tl.static_range(len(rows)):
+        at = rows[i] + quarter
+        words = words + (_sixteen_bytes(packed_ptr, at, mask, MASKED, "evict_first"),)
+    for i in tl.static_range(len(rows)):
+        at = scale_ptr + (rows[i] + quarter)
+        pair = tl.load(at, mask=mask, other=0) if MASKED else tl.load(at)
+        scales = scales + (pair.to(tl.uint16, bitcast=True).to(tl.int32),)
     return words, scales
 
 
 @triton.jit
-def _load_x(x_ptr, strip, K, tokens, TILES: tl.constexpr, EVEN: tl.constexpr):
-    """Load x at a strip [W], eight tokens and eight columns at a time: four [4, 8, W, 8] a tile."""
-    eight = tl.arange(0, 8)
+def _load_x(x_ptr, tokens, quarter, K, MASKED: tl.constexpr):
+    """Load the same quarter of each token, eight columns at a time, as `fragments.eight` does."""
+    mask = quarter < K // 32
     x = ()
-    k = tl.arange(0, 4)[:, None, None, None] * 32 + eight[None, None, None, :]
-    strip = strip[None, None, :, None]
-    if LAST_FIRST:
-        k = tl.permute(k, (2, 1, 0, 3))
-        strip = tl.permute(strip, (2, 1, 0, 3))
-    k += strip * 128
-    for tile in tl.static_range(TILES):
-        token = tl.minimum(tile * TILE + eight, tokens - 1)[None, :, None, None]
+    for i in tl.static_range(len(tokens)):
         for q in tl.static_range(4):
-            at = x_ptr + (token * K + k + 8 * q)
-            part = tl.load(at) if EVEN else tl.load(at, mask=k + 8 * q < K, other=0.0)
-            x = x + (tl.permute(part, (2, 1, 0, 3)) if LAST_FIRST else part,)
+            at = (tokens[i] + quarter) * 4 + q
+            x = x + (eight(_sixteen_bytes(x_ptr, at, mask, MASKED, "evict_last")),)
     return x
 
 
 @triton.jit
-def _rows(ptr, row, at, width, EVEN: tl.constexpr):
-    """Load places [W, n] of rows [8], width long: [8, W, n]."""
-    if LAST_FIRST:
-        row, at = row[None, :, None], at[:, None, :]
-    else:
-        row, at = row[:, None, None], at[None, :, :]
-    where = ptr + (row * width + at)
-    result = tl.load(where) if EVEN else tl.load(where, mask=at < width, other=0)
-    return tl.permute(result, (1, 0, 2)) if LAST_FIRST else result
-
-
-@triton.jit
-def _quarters(words, W: tl.constexpr):
-    """Split words [8, W, 16] into the four [8, W, 4] of every thread."""
-    even, odd = tl.split(tl.reshape(words, (8, W, 4, 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return (first, second, third, fourth)
-
-
-@triton.jit
-def _weights(upper, lower, upper_scale, lower_scale, W: tl.constexpr, BFLOAT16: tl.constexpr):
-    """Decode a word of two times eight rows, each [8, W, 4], to an operand [W, 16, 32].
-
-    Columns come as the tensor cores' threads hold them: four of every thread, four more.
-    """
-    a = pairs(upper, BFLOAT16)
-    b = pairs(lower, BFLOAT16)
-    columns = ()
-    for i in tl.static_range(4):
-        a0, a4 = halves(a[i], upper_scale, BFLOAT16)
-        b0, b4 = halves(b[i], lower_scale, BFLOAT16)
-        columns = columns + (tl.join(tl.join(a0, a4), tl.join(b0, b4)),)  # [8, W, 4, half, rows]
-    tile = tl.join(tl.join(columns[0], columns[2]), tl.join(columns[1], columns[3]))
-    if IN_PAIRS:
-        tile = tl.permute(tile, (1, 4, 0, 5, 6, 2, 3))
-    else:
-        tile = tl.permute(tile, (1, 4, 0, 5, 2, 6, 3))
-    return tl.reshape(tile, (W, 16, 32))
-
-
-@triton.jit
 def _add(
-    sums,
-    words,
-    scales,
-    x,
-    TILES: tl.constexpr,
-    R: tl.constexpr,
-    W: tl.constexpr,
-    BFLOAT16: tl.constexpr,
+    sums, words, scales, x, TILES: tl.constexpr, BFLOAT16: tl.constexpr, CONVERTS: tl.constexpr
 ):
-    """Add a strip's products to sums, a [W, 16, TILE] for each 16 rows and tile of tokens."""
-    operands = ()
-    for i in tl.static_range(4 * TILES):
-        columns = tl.reshape(x[i], (4, 8, W, 2, 2, 2))
-        if IN_PAIRS:
-            columns = tl.permute(columns, (2, 4, 5, 0, 3, 1))
-        else:
-            columns = tl.permute(columns, (2, 4, 0, 5, 3, 1))
-        operands = operands + (tl.reshape(columns, (W, 32, TILE)),)
+    """Add products to sums, a tuple of four [T] for each 16 rows and tile of tokens."""
     result = ()
-    for m in tl.static_range(R // 2):
-        upper, lower = _quarters(words[2 * m], W), _quarters(words[2 * m + 1], W)
-        of_upper, of_lower = scales[2 * m].to(tl.int32), scales[2 * m + 1].to(tl.int32)
+    for r in tl.static_range(len(words) // 2):
+        upper, lower = words[2 * r], words[2 * r + 1]
+        of_upper = factors(scales[2 * r], BFLOAT16, CONVERTS)
+        of_lower = factors(scales[2 * r + 1], BFLOAT16, CONVERTS)
         mine = ()
         for tile in tl.static_range(TILES):
-            mine = mine + (sums[m * TILES + tile],)
+            mine = mine + (sums[r * TILES + tile],)
         for q in tl.static_range(4):
-            if q < 2:  # the lower of the two scales, then the upper; see `factor`
-                a, b = (of_upper << 24) >> 4, (of_lower << 24) >> 4
-            else:
-                a, b = of_upper << 12, of_lower << 12
-            a, b = factor(a, BFLOAT16), factor(b, BFLOAT16)
-            w = _weights(upper[q], lower[q], a, b, W, BFLOAT16)
+            a = weights(upper[q], of_upper[q // 2], BFLOAT16)
+            b = weights(lower[q], of_lower[q // 2], BFLOAT16)
             added = ()
             for tile in tl.static_range(TILES):
-                operand = operands[tile * 4 + q].to(w.dtype)
-                added = added + (tl.dot(w, operand, acc=mine[tile]),)
+                c = x[tile * 4 + q]
+                total = multiply_add(a[0], b[0], a[1], b[1], c[0], c[1], mine[tile], BFLOAT16)
+                total = multiply_add(a[2], b[2], a[3], b[3], c[2], c[3], total, BFLOAT16)
+                added = added + (total,)
             mine = added
         result = result + mine
     return result
 
 
 @triton.jit
+def _over_warps(sums, W: tl.constexpr):
+    """Add up what the warps have: [8 of a row, 8 tokens, 2 of eight rows, sums].
+
+    Halves of the warps are added until one is left, which costs one round through shared memory:
+    `tl.sum` takes two, and threads' shuffles.
+    """
+    COUNT: tl.constexpr = len(sums)
+    parts = ()
+    for i in tl.static_range(COUNT):
+        s0, s1, s2, s3 = sums[i]
+        parts = parts + (tl.join(tl.join(s0, s1), tl.join(s2, s3)),)  # [T, 2 tokens, 2 of 8 rows]
+    for _ in tl.static_range(4):
+        joined = ()
+        for i in tl.static_range(len(parts) // 2):
+            joined = joined + (tl.join(parts[i], parts[i + len(parts) // 2]),)
+        if len(parts) > 1:
+            parts = joined
+    y = tl.reshape(parts[0], (W, 8, 4, 2, 2, COUNT))
+    y = tl.permute(y, (1, 2, 3, 4, 5, 0))
+    if W == 4:
+        y = tl.reshape(y, (8, 4, 2, 2, COUNT, 2, 2))
+        a, b = tl.split(y)
+        a, b = tl.split(a + b)
+    elif W == 8:
+        y = tl.reshape(y, (8, 4, 2, 2, COUNT, 2, 2, 2))
+        a, b = tl.split(y)
+        a, b = tl.split(a + b)
+        a, b = tl.split(a + b)
+    else:
+        y = tl.reshape(y, (8, 4, 2, 2, COUNT, 2, 2, 2, 2))
+        a, b = tl.split(y)
+        a, b = tl.split(a + b)
+        a, b = tl.split(a + b)
+        a, b = tl.split(a + b)
+    return tl.reshape(a + b, (8, 8, 2, COUNT))
+
+
+@triton.jit(do_not_specialize=["tokens"])
 def _few_kernel(
     x_ptr,  # [tokens, K]
     packed_ptr,  # [N, K / 8] int32
@@ -160,55 +140,74 @@ def _few_kernel(
     K,
     tokens,
     TILES: tl.constexpr,  # of TILE tokens
-    R: tl.constexpr,  # times eight rows, even
+    R: tl.constexpr,  # times 16 rows
     W: tl.constexpr,  # warps
-    STEPS: tl.constexpr,  # strips of a warp
-    EVEN: tl.constexpr,
+    AHEAD: tl.constexpr,  # whether a strip's weights are loaded while the one before is multiplied
+    EVEN: tl.constexpr,  # whether K is a multiple of 128 * W
+    CONVERTS: tl.constexpr,  # see `fragments.factors`
     SCALES_INPUT: tl.constexpr,
     BIAS: tl.constexpr,
 ):
     BFLOAT16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
-    first = tl.program_id(0) * (8 * R)
-    strip = tl.arange(0, W) * STEPS
+    thread = tl.arange(0, 32 * W)
+    warp, g, t = thread // 32, thread // 4 % 8, thread % 4
+    first = tl.program_id(0) * (16 * R)
+    quarters = K // 32
+    rows = ()
+    for i in tl.static_range(2 * R):
+        rows = rows + (tl.minimum(first + 8 * i + g, N - 1).to(tl.int64) * quarters,)
+    of_x = ()
+    for i in tl.static_range(TILES):
+        of_x = of_x + (tl.minimum(TILE * i + g, tokens - 1).to(tl.int64) * quarters,)
+    zeros = tl.zeros((32 * W,), tl.float32)
     sums = ()
-    for _ in tl.static_range(R // 2 * TILES):
-        sums = sums + (tl.zeros((W, 16, TILE), tl.float32),)
-    words, scales = _load_strip(packed_ptr, block_scale_ptr, first, strip, N, K, R, EVEN)
-    x = _load_x(x_ptr, strip, K, tokens, TILES, EVEN)
-    for step in range(STEPS):
-        ahead = strip + tl.minimum(step + 1, STEPS - 1)
-        more, more_scales = _load_strip(packed_ptr, block_scale_ptr, first, ahead, N, K, R, EVEN)
-        more_x = _load_x(x_ptr, ahead, K, tokens, TILES, EVEN)
-        sums = _add(sums, words, scales, x, TILES, R, W, BFLOAT16)
-        words, scales, x = more, more_scales, more_x
+    for _ in tl.static_range(R * TILES):
+        sums = sums + ((zeros, zeros, zeros, zeros),)
+    MASKED: tl.constexpr = AHEAD or not EVEN
+    quarter = warp * 4 + t
+    if AHEAD:
+        loaded = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K, MASKED)
+    for _ in range(0, K, 128 * W):
+        if not AHEAD:
+            loaded = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K, MASKED)
+        words, scales = loaded
+        x = _load_x(x_ptr, of_x, quarter, K, not EVEN)
+        sums = _add(sums, words, scales, x, TILES, BFLOAT16, CONVERTS)
+        quarter += 4 * W
+        if AHEAD:
+            loaded = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K, MASKED)
     scale = tl.load(tensor_scale_ptr)
     if SCALES_INPUT:
         scale = tl.load(input_scale_ptr) * scale
-    for m in tl.static_range(R // 2):
-        row = first + m * 16 + tl.arange(0, 16)
-        for tile in tl.static_range(TILES):
-            y = tl.sum(sums[m * TILES + tile], axis=0) * REST * scale  # [16, TILE]
-            if BIAS:
-                bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-                y = y + bias[:, None]
-            token = tile * TILE + tl.arange(0, 8)
-            where = token[None, :].to(tl.int64) * N + row[:, None]
-            inside = (token < tokens)[None, :] & (row < N)[:, None]
-            tl.store(y_ptr + where, y.to(y_ptr.dtype.element_ty), mask=inside)
+    y = _over_warps(sums, W) * REST * scale
+    i = tl.arange(0, R * TILES)[None, None, None, :]
+    row = tl.arange(0, 8)[:, None, None, None] + 8 * tl.arange(0, 2)[None, None, :, None]
+    row += first + 16 * (i // TILES)
+    token = tl.arange(0, 8)[None, :, None, None] + TILE * (i % TILES)
+    if BIAS:
+        y += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+    where = y_ptr + (token.to(tl.int64) * N + row)
+    tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(row < N) & (token < tokens))
 
 
-def _shape_of_programs(tiles: int, n: int, k: int) -> tuple[int, int]:
-    """Return rows over eight and warps of a program: the best of those timed on an H200.
+def _shape_of_programs(tiles: int, n: int) -> tuple[int, int, bool]:
+    """Return rows over 16, warps, and whether to load ahead: the best of those timed on an H200.
 
-    Few programs want many warps, to have enough loads under way; more tiles want more rows, since
-    every program reads all of x.
+    Few programs want many warps, to have enough loads under way. More tiles want more rows, since
+    every program reads all of x, and lines of the first cache that loads touch are the limit then.
     """
-    short = n <= 8192
+    few = n <= 8192
     if tiles == 1:
-        return (2, 8) if short else (4, 4)
+        return (1, 16, False) if few else (1, 4, False)
     if tiles == 2:
-        return (4, 8) if short else (8, 4)
-    return (4, 8) if k > 8192 else (4, 4)
+        return (2, 16, True) if few else (2, 4, True)
+    return (2, 8, True) if few else (4, 4, True)
+
+
+@functools.cache
+def _converts(device: torch.device) -> bool:
+    """Whether a device converts from E4M3: from the generation after Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def multiply_few(
@@ -223,14 +222,12 @@ def multiply_few(
     """Twin of `multiply_blocks` for at most `FEW` rows, at least one, of K divisible by 32."""
     (tokens, k), n = rows.shape, packed.shape[0]
     y = rows.new_empty((tokens, n), dtype=dtype)
-    tiles = triton.cdiv(tokens, TILE.value)
-    tiles += tiles == 3  # one program less to compile
-    r, warps = _shape_of_programs(tiles, n, k)
-    steps = triton.cdiv(k, 128 * warps)
+    tiles = triton.next_power_of_2(triton.cdiv(tokens, TILE.value))
+    r, warps, ahead = _shape_of_programs(tiles, n)
     with torch.cuda.device_of(rows):
-        _few_kernel[(triton.cdiv(n, 8 * r),)](
-            in_words(rows, rows.dtype),
-            in_words(packed, torch.int32),
+        _few_kernel[(triton.cdiv(n, 16 * r),)](
+            in_words(rows, torch.int64).view(rows.dtype),
+            in_words(packed, torch.int64).view(torch.int32),
             in_words(block_scale, torch.int16),
             tensor_scale,
             tensor_scale if input_scale is None else input_scale,
@@ -242,8 +239,9 @@ def multiply_few(
             TILES=tiles,
             R=r,
             W=warps,
-            STEPS=steps,
-            EVEN=k == 128 * warps * steps,
+            AHEAD=ahead,
+            EVEN=k % (128 * warps) == 0,
+            CONVERTS=_converts(rows.device),
             SCALES_INPUT=input_scale is not None,
             BIAS=bias is not None,
             num_warps=warps,

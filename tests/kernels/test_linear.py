@@ -271,28 +271,36 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 types = {"x_ptr": "*bf16", "packed_ptr": "*i32", "block_scale_ptr": "*i16", "y_ptr": "*bf16"}
 types |= {"tensor_scale_ptr": "*fp32", "input_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
 types |= {"N": "i32", "K": "i32", "tokens": "i32"}
-constants = {"TILES": 2, "R": 4, "W": 8, "STEPS": 4, "EVEN": True}
-constants |= {"SCALES_INPUT": False, "BIAS": False}
+constants = {"TILES": 2, "R": 2, "W": 8, "AHEAD": True, "EVEN": True}
+constants |= {"CONVERTS": CAPABILITY >= 89, "SCALES_INPUT": False, "BIAS": False}
 signature = {name: types.get(name, "constexpr") for name in _few_kernel.arg_names}
 names = [name for name in types if name != "tokens"]
 aligned = {(_few_kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
 source = ASTSource(_few_kernel, signature, constants, aligned)
 kernel = triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=OPTIONS)
-print(kernel.asm["ptx"])
+print(kernel.asm["ttgir"], kernel.asm["ptx"], sep=SEPARATOR)
 """
+SEPARATOR = "\n-----\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", [80, 90, 100, 120])
 def test_operands_are_loaded_and_decoded_where_they_are_multiplied(capability: int) -> None:
-    """Before the last product, nothing goes through shared memory or to other threads."""
+    """Threads have the elements of their number, and before the last product share nothing."""
     pytest.importorskip("triton", reason="triton is not installed")
-    script = COMPILE.replace("CAPABILITY", str(capability))
+    script = COMPILE.replace("CAPABILITY", str(capability)).replace("SEPARATOR", repr(SEPARATOR))
     env = os.environ | {"TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
-    products = done.stdout[: done.stdout.rindex("mma.sync")]
+    ttgir, ptx = done.stdout.split(SEPARATOR)
+    calls = [line for line in ttgir.splitlines() if "mma.sync" in line]
+    (layout,) = {name for line in calls for name in re.findall(r"tensor<256x\w+, (#\w+)>", line)}
+    one_by_one = "sizePerThread = [1], threadsPerWarp = [32], warpsPerCTA = [8], order = [0]"
+    assert f"{layout} = #ttg.blocked<{{{one_by_one}" in ttgir
+    assert ptx.count("mma.sync") == 2 * 2 * 8  # tiles, 16 rows, of 128 columns
+    products = ptx[: ptx.rindex("mma.sync")]
     assert not re.findall(r"(?:ld|st)\.shared|shfl|matrix", products)
+    assert ptx.count("v2.b64") == 2 * 4 + 2 * 4  # weights, now and ahead, and x, 16 bytes at a time
 
 
 def needs_cuda() -> None:

@@ -1,0 +1,233 @@
+"""Operands of the tensor cores, one 32-bit register of every thread a tensor [T] int32.
+
+T is 32 times the warps of a program, so that thread i of its warps has element i. With g = i // 4 %
+8 and t = i % 4, and counting pairs of columns k, a product of 16 rows by 8 tokens takes
+
+- of the weight the pairs t and t + 4 of rows g and g + 8: (g, t), (g + 8, t), (g, t + 4),
+  (g + 8, t + 4);
+- of x the pairs t and t + 4 of token g;
+- of sums, float32, those of row g for tokens 2 t and 2 t + 1, and of row g + 8 for both.
+
+The interpreter has no assembler, and does the same with floats.
+"""
+
+import triton
+import triton.language as tl
+
+from scalesweep_hf.kernels.decoding import INTERPRETER, factor, halves, pairs, widened
+
+
+@triton.jit
+def weights(word, factor, BFLOAT16: tl.constexpr):
+    """Return eight codes times `decoding.factor`: pairs (0, 4), (1, 5), (2, 6) and (3, 7).
+
+    Values are those of `decoding.pairs` and `decoding.halves`. In bfloat16 a product by two powers
+    of two moves sign and magnitude at once.
+
+    Args:
+        word: [T] int32, eight codes.
+        factor: [T] int32.
+        BFLOAT16: the format, else float16.
+    """
+    if INTERPRETER:
+        p0, p1, p2, p3 = pairs(word, BFLOAT16)
+        r0, r1 = _scaled(p0, factor, BFLOAT16), _scaled(p1, factor, BFLOAT16)
+        return r0, r1, _scaled(p2, factor, BFLOAT16), _scaled(p3, factor, BFLOAT16)
+    elif BFLOAT16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, w, z;
+            shr.u32 w, $4, 8;
+            and.b32 a, $4, 0x000F000F;
+            and.b32 b, $4, 0x00F000F0;
+            and.b32 c, w, 0x000F000F;
+            and.b32 d, w, 0x00F000F0;
+            mul.lo.u32 a, a, 0x1040;
+            mul.lo.u32 b, b, 0x104;
+            mul.lo.u32 c, c, 0x1040;
+            mul.lo.u32 d, d, 0x104;
+            and.b32 a, a, 0x81C081C0;
+            and.b32 b, b, 0x81C081C0;
+            and.b32 c, c, 0x81C081C0;
+            and.b32 d, d, 0x81C081C0;
+            mov.b32 z, 0x80008000;
+            fma.rn.bf16x2 $0, a, $5, z;
+            fma.rn.bf16x2 $1, b, $5, z;
+            fma.rn.bf16x2 $2, c, $5, z;
+            fma.rn.bf16x2 $3, d, $5, z;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r",
+            [word, factor],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a, b, c, d, m;
+            shl.b32 a, $4, 12;
+            shl.b32 b, $4, 8;
+            shl.b32 c, $4, 4;
+            and.b32 a, a, 0x80008000;
+            and.b32 b, b, 0x80008000;
+            and.b32 c, c, 0x80008000;
+            and.b32 d, $4, 0x80008000;
+            shl.b32 m, $4, 9;
+            lop3.b32 a, m, 0x0E000E00, a, 0xEA;
+            shl.b32 m, $4, 5;
+            lop3.b32 b, m, 0x0E000E00, b, 0xEA;
+            shl.b32 m, $4, 1;
+            lop3.b32 c, m, 0x0E000E00, c, 0xEA;
+            shr.u32 m, $4, 3;
+            lop3.b32 d, m, 0x0E000E00, d, 0xEA;
+            mul.rn.f16x2 $0, a, $5;
+            mul.rn.f16x2 $1, b, $5;
+            mul.rn.f16x2 $2, c, $5;
+            mul.rn.f16x2 $3, d, $5;
+            }""",
+            "=&r,=&r,=&r,=&r,r,r",
+            [word, factor],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def eight(words):
+    """Rearrange eight halves, four [T] int32, as `weights` has its codes."""
+    a, b, c, d = words
+    return _lower(a, c), _upper(a, c), _lower(b, d), _upper(b, d)
+
+
+@triton.jit
+def factors(codes, BFLOAT16: tl.constexpr, CONVERTS: tl.constexpr):
+    """Return `decoding.factor` of two blocks.
+
+    Args:
+        codes: [T] int32, two E4M3 codes in the lower half; others may be anything.
+        BFLOAT16: the format, else float16.
+        CONVERTS: whether the device converts from E4M3.
+    """
+    if not CONVERTS:
+        return factor((codes << 24) >> 4, BFLOAT16), factor((codes << 16) >> 4, BFLOAT16)
+    elif BFLOAT16:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 c, l, h;
+            .reg .b32 both;
+            .reg .f32 x, y;
+            cvt.u16.u32 c, $2;
+            cvt.rn.f16x2.e4m3x2 both, c;
+            mov.b32 {l, h}, both;
+            cvt.f32.f16 x, l;
+            cvt.f32.f16 y, h;
+            mul.rn.f32 x, x, 0f7A800000;
+            mul.rn.f32 y, y, 0f7A800000;
+            cvt.rn.bf16x2.f32 $0, x, x;
+            cvt.rn.bf16x2.f32 $1, y, y;
+            }""",
+            "=&r,=&r,r",
+            [codes],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b16 c;
+            .reg .b32 both, p;
+            cvt.u16.u32 c, $2;
+            cvt.rn.f16x2.e4m3x2 both, c;
+            mov.b32 p, 0x54005400;
+            mul.rn.f16x2 both, both, p;
+            prmt.b32 $0, both, both, 0x1010;
+            prmt.b32 $1, both, both, 0x3232;
+            }""",
+            "=&r,=&r,r",
+            [codes],
+            dtype=(tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def multiply_add(w0, w1, w2, w3, x0, x1, sums, BFLOAT16: tl.constexpr):
+    """Return sums, four [T] float32, plus a product of 16 rows by 16 columns and 8 tokens."""
+    s0, s1, s2, s3 = sums
+    if INTERPRETER:
+        u0, u1 = _dot(w0, x0, w2, x1, BFLOAT16)
+        u2, u3 = _dot(w1, x0, w3, x1, BFLOAT16)
+        return s0 + u0, s1 + u1, s2 + u2, s3 + u3
+    elif BFLOAT16:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3",
+            [w0, w1, w2, w3, x0, x1, s0, s1, s2, s3],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3",
+            [w0, w1, w2, w3, x0, x1, s0, s1, s2, s3],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _lower(a, b):
+    """Return the lower halves of a and, above them, of b."""
+    if INTERPRETER:
+        return (a & 0xFFFF) | (b << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _upper(a, b):
+    """Return the upper halves of a and, above them, of b."""
+    if INTERPRETER:
+        return ((a >> 16) & 0xFFFF) | (b & -65536)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _scaled(pair, factor, BFLOAT16: tl.constexpr):
+    """Return `decoding.halves`, interpreted, as two halves; they are exact."""
+    a, b = halves(pair, factor, BFLOAT16)
+    if BFLOAT16:
+        return _upper(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True))
+    else:
+        a, b = a.to(tl.float16), b.to(tl.float16)
+        a, b = a.to(tl.int16, bitcast=True), b.to(tl.int16, bitcast=True)
+        return _lower(a.to(tl.int32), b.to(tl.int32))
+
+
+@triton.jit
+def _dot(w0, x0, w1, x1, BFLOAT16: tl.constexpr):
+    """Return, interpreted, the sums over t of eight rows, for tokens 2 t and 2 t + 1."""
+    W: tl.constexpr = w0.shape[0] // 32
+    total = tl.zeros((W, 8, 8, 4), tl.float32)
+    for pair in tl.static_range(2):
+        w, x = (w1, x1) if pair else (w0, x0)
+        for half in tl.static_range(2):
+            a = tl.reshape(widened(w >> (16 * half), BFLOAT16), (W, 8, 1, 4))
+            b = tl.reshape(widened(x >> (16 * half), BFLOAT16), (W, 1, 8, 4))
+            total += a * b
+    even, odd = tl.split(tl.reshape(tl.sum(total, axis=3), (W, 8, 4, 2)))
+    return tl.reshape(even, (32 * W,)), tl.reshape(odd, (32 * W,))
