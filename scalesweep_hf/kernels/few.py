@@ -35,17 +35,16 @@ def _sixteen_bytes(ptr, at, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
 
 
 @triton.jit
-def _load_weights(packed_ptr, scale_ptr, rows, quarter, K, MASKED: tl.constexpr):
-    """Load a quarter of each row's strip: four words, and two scales."""
+def _load_weights(packed_ptr, scale_ptr, rows, quarter, K):
+    """Load a quarter of each row's strip: four words, and two scales; zeros beyond K."""
     mask = quarter < K // 32
     words = ()
     scales = ()
     for i in tl.static_range(len(rows)):
         at = rows[i] + quarter
-        words = words + (_sixteen_bytes(packed_ptr, at, mask, MASKED, "evict_first"),)
+        words = words + (_sixteen_bytes(packed_ptr, at, mask, True, "evict_first"),)
     for i in tl.static_range(len(rows)):
-        at = scale_ptr + (rows[i] + quarter)
-        pair = tl.load(at, mask=mask, other=0) if MASKED else tl.load(at)
+        pair = tl.load(scale_ptr + (rows[i] + quarter), mask=mask, other=0)
         scales = scales + (pair.to(tl.uint16, bitcast=True).to(tl.int32),)
     return words, scales
 
@@ -142,7 +141,6 @@ def _few_kernel(
     TILES: tl.constexpr,  # of TILE tokens
     R: tl.constexpr,  # times 16 rows
     W: tl.constexpr,  # warps
-    AHEAD: tl.constexpr,  # whether a strip's weights are loaded while the one before is multiplied
     EVEN: tl.constexpr,  # whether K is a multiple of 128 * W
     CONVERTS: tl.constexpr,  # see `fragments.factors`
     SCALES_INPUT: tl.constexpr,
@@ -163,19 +161,14 @@ def _few_kernel(
     sums = ()
     for _ in tl.static_range(R * TILES):
         sums = sums + ((zeros, zeros, zeros, zeros),)
-    MASKED: tl.constexpr = AHEAD or not EVEN
     quarter = warp * 4 + t
-    if AHEAD:
-        loaded = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K, MASKED)
+    words, scales = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K)
     for _ in range(0, K, 128 * W):
-        if not AHEAD:
-            loaded = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K, MASKED)
-        words, scales = loaded
         x = _load_x(x_ptr, of_x, quarter, K, not EVEN)
         sums = _add(sums, words, scales, x, TILES, BFLOAT16, CONVERTS)
         quarter += 4 * W
-        if AHEAD:
-            loaded = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K, MASKED)
+        # ptxas issues these as the registers that they fill are used for the last time.
+        words, scales = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K)
     scale = tl.load(tensor_scale_ptr)
     if SCALES_INPUT:
         scale = tl.load(input_scale_ptr) * scale
@@ -190,18 +183,18 @@ def _few_kernel(
     tl.store(where, y.to(y_ptr.dtype.element_ty), mask=(row < N) & (token < tokens))
 
 
-def _shape_of_programs(tiles: int, n: int) -> tuple[int, int, bool]:
-    """Return rows over 16, warps, and whether to load ahead: the best of those timed on an H200.
+def _shape_of_programs(tiles: int, n: int) -> tuple[int, int]:
+    """Return rows over 16 and warps of a program: the best of those timed on an H200.
 
     Few programs want many warps, to have enough loads under way. More tiles want more rows, since
     every program reads all of x, and lines of the first cache that loads touch are the limit then.
     """
     few = n <= 8192
     if tiles == 1:
-        return (1, 16, False) if few else (1, 4, False)
-    if tiles == 2:
-        return (2, 16, True) if few else (2, 4, True)
-    return (2, 8, True) if few else (4, 4, True)
+        return (1, 16) if few else (1, 4)
+    if few:
+        return (2, 16) if tiles == 2 else (2, 8)
+    return (4, 4)
 
 
 @functools.cache
@@ -223,7 +216,7 @@ def multiply_few(
     (tokens, k), n = rows.shape, packed.shape[0]
     y = rows.new_empty((tokens, n), dtype=dtype)
     tiles = triton.next_power_of_2(triton.cdiv(tokens, TILE.value))
-    r, warps, ahead = _shape_of_programs(tiles, n)
+    r, warps = _shape_of_programs(tiles, n)
     with torch.cuda.device_of(rows):
         _few_kernel[(triton.cdiv(n, 16 * r),)](
             in_words(rows, torch.int64).view(rows.dtype),
@@ -239,7 +232,6 @@ def multiply_few(
             TILES=tiles,
             R=r,
             W=warps,
-            AHEAD=ahead,
             EVEN=k % (128 * warps) == 0,
             CONVERTS=_converts(rows.device),
             SCALES_INPUT=input_scale is not None,

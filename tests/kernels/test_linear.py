@@ -92,6 +92,18 @@ def test_products_have_the_error_of_float32_sums(
     check(multiply(twin, x, w, bias=bias), x, w, w.tensor_scale, bias)
 
 
+@pytest.mark.parametrize(("t", "r", "warps"), [(3, 1, 4), (16, 4, 4), (30, 4, 4), (9, 2, 8)])
+def test_programs_of_every_shape_have_the_same_products(
+    twin: Backend, t: int, r: int, warps: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shapes that only a larger N or K takes."""
+    few = importlib.import_module("scalesweep_hf.kernels.few")
+    monkeypatch.setattr(few, "_shape_of_programs", lambda *_: (r, warps))
+    for k in (512, 1056):
+        w, x = matrix(99, k, device), tokens(t, k, dtype=torch.bfloat16, device=device)
+        check(multiply(twin, x, w), x, w, w.tensor_scale)
+
+
 @pytest.mark.parametrize("t", [3, 40])
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32])
 def test_both_scales_come_after_the_sum(
@@ -271,7 +283,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 types = {"x_ptr": "*bf16", "packed_ptr": "*i32", "block_scale_ptr": "*i16", "y_ptr": "*bf16"}
 types |= {"tensor_scale_ptr": "*fp32", "input_scale_ptr": "*fp32", "bias_ptr": "*bf16"}
 types |= {"N": "i32", "K": "i32", "tokens": "i32"}
-constants = {"TILES": 2, "R": 2, "W": 8, "AHEAD": True, "EVEN": True}
+constants = {"TILES": 2, "R": 2, "W": 8, "EVEN": True}
 constants |= {"CONVERTS": CAPABILITY >= 89, "SCALES_INPUT": False, "BIAS": False}
 signature = {name: types.get(name, "constexpr") for name in _few_kernel.arg_names}
 names = [name for name in types if name != "tokens"]
