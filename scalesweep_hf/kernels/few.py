@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scalesweep_hf.kernels.decoding import REST, in_words
 from scalesweep_hf.kernels.fragments import eight, factors, multiply_add, weights
+from scalesweep_hf.kernels.overlap import overlapping, start
 
 FEW = 32  # tokens that this kernel takes
 TILE = tl.constexpr(8)  # tokens of a product of the tensor cores
@@ -50,13 +51,16 @@ def _load_weights(packed_ptr, scale_ptr, rows, quarter, K):
 
 
 @triton.jit
-def _load_x(x_ptr, tokens, quarter, K, MASKED: tl.constexpr):
+def _load_x(x_ptr, tokens, quarter, K, ARRANGED: tl.constexpr, MASKED: tl.constexpr):
     """Load the same quarter of each token, eight columns at a time, as `fragments.eight` does."""
     mask = quarter < K // 32
     x = ()
     for i in tl.static_range(len(tokens)):
         for q in tl.static_range(4):
-            at = (tokens[i] + quarter) * 4 + q
+            if ARRANGED:
+                at = ((quarter // 4 * len(tokens) + i) * 4 + q) * 32 + tokens[i]
+            else:
+                at = (tokens[i] + quarter) * 4 + q
             x = x + (eight(_sixteen_bytes(x_ptr, at, mask, MASKED, "evict_last")),)
     return x
 
@@ -127,8 +131,35 @@ def _over_warps(sums, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _few_kernel(
+def _arrange_kernel(
     x_ptr,  # [tokens, K]
+    result_ptr,  # [strips, TILES, 4, 32, 8], zeros beyond K
+    K,
+    tokens,
+    TILES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """Bring x into the order in which warps load it, so that every load is of whole lines."""
+    start(OVERLAPS)
+    lane = tl.arange(0, 32)
+    strip = tl.program_id(0)
+    quarter = strip * 4 + lane % 4
+    two = tl.arange(0, 2)[None, :]
+    mask = (quarter < K // 32)[:, None]
+    source = x_ptr.to(tl.pointer_type(tl.int64))
+    result = result_ptr.to(tl.pointer_type(tl.int64))
+    for tile in tl.static_range(TILES):
+        token = tl.minimum(TILE * tile + lane // 4, tokens - 1).to(tl.int64)
+        for q in tl.static_range(4):
+            at = (token * (K // 32) + quarter) * 4 + q
+            part = tl.load(source + (at[:, None] * 2 + two), mask=mask, other=0)
+            at = ((strip * TILES + tile) * 4 + q) * 32 + lane
+            tl.store(result + (at[:, None] * 2 + two), part)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _few_kernel(
+    x_ptr,  # [tokens, K], ARRANGED: as `_arrange_kernel` has it
     packed_ptr,  # [N, K / 8] int32
     block_scale_ptr,  # [N, K / 32] int16
     tensor_scale_ptr,  # [] float32
@@ -143,8 +174,10 @@ def _few_kernel(
     W: tl.constexpr,  # warps
     EVEN: tl.constexpr,  # whether K is a multiple of 128 * W
     CONVERTS: tl.constexpr,  # see `fragments.factors`
+    ARRANGED: tl.constexpr,
     SCALES_INPUT: tl.constexpr,
     BIAS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     BFLOAT16: tl.constexpr = x_ptr.dtype.element_ty == tl.bfloat16
     thread = tl.arange(0, 32 * W)
@@ -156,15 +189,19 @@ def _few_kernel(
         rows = rows + (tl.minimum(first + 8 * i + g, N - 1).to(tl.int64) * quarters,)
     of_x = ()
     for i in tl.static_range(TILES):
-        of_x = of_x + (tl.minimum(TILE * i + g, tokens - 1).to(tl.int64) * quarters,)
+        if ARRANGED:
+            of_x = of_x + ((thread % 32).to(tl.int64),)
+        else:
+            of_x = of_x + (tl.minimum(TILE * i + g, tokens - 1).to(tl.int64) * quarters,)
     zeros = tl.zeros((32 * W,), tl.float32)
     sums = ()
     for _ in tl.static_range(R * TILES):
         sums = sums + ((zeros, zeros, zeros, zeros),)
     quarter = warp * 4 + t
+    start(OVERLAPS)
     words, scales = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K)
     for _ in range(0, K, 128 * W):
-        x = _load_x(x_ptr, of_x, quarter, K, not EVEN)
+        x = _load_x(x_ptr, of_x, quarter, K, ARRANGED, not EVEN)
         sums = _add(sums, words, scales, x, TILES, BFLOAT16, CONVERTS)
         quarter += 4 * W
         # ptxas issues these as the registers that they fill are used for the last time.
@@ -197,6 +234,11 @@ def _shape_of_programs(tiles: int, n: int) -> tuple[int, int]:
     return (4, 4)
 
 
+def _arranges(tiles: int, n: int) -> bool:
+    """Whether x is brought into order first: a launch that pays where many programs load it."""
+    return tiles > 1 and n > 8192
+
+
 @functools.cache
 def _converts(device: torch.device) -> bool:
     """Whether a device converts from E4M3: from the generation after Ampere on."""
@@ -217,9 +259,13 @@ def multiply_few(
     y = rows.new_empty((tokens, n), dtype=dtype)
     tiles = triton.next_power_of_2(triton.cdiv(tokens, TILE.value))
     r, warps = _shape_of_programs(tiles, n)
+    arranged = _arranges(tiles, n)
     with torch.cuda.device_of(rows):
+        x = in_words(rows, torch.int64).view(rows.dtype)
+        if arranged:
+            x = _arrange(x, tokens, k, tiles)
         _few_kernel[(triton.cdiv(n, 16 * r),)](
-            in_words(rows, torch.int64).view(rows.dtype),
+            x,
             in_words(packed, torch.int64).view(torch.int32),
             in_words(block_scale, torch.int16),
             tensor_scale,
@@ -234,9 +280,20 @@ def multiply_few(
             W=warps,
             EVEN=k % (128 * warps) == 0,
             CONVERTS=_converts(rows.device),
+            ARRANGED=arranged,
             SCALES_INPUT=input_scale is not None,
             BIAS=bias is not None,
             num_warps=warps,
             enable_fp_fusion=False,
+            **overlapping(rows.device),
         )
     return y
+
+
+def _arrange(x: Tensor, tokens: int, k: int, tiles: int) -> Tensor:
+    strips = triton.cdiv(k, 128)
+    result = x.new_empty(strips * tiles * 1024)
+    _arrange_kernel[(strips,)](
+        x, result, k, tokens, TILES=tiles, num_warps=1, **overlapping(x.device)
+    )
+    return result
