@@ -20,6 +20,7 @@ WARPS = 4
 
 INTERPRETER = tl.constexpr(INTERPRETED)
 SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000
+IN_BFLOAT16 = tl.constexpr(-0x7E3F7E40)  # 0x81C081C0: where `pairs` has its codes
 SCALE_BITS = tl.constexpr(-0x78100000)  # 0x87F00000
 # What `halves` returns are values times 1 / REST, in both formats.
 REST = tl.constexpr(256.0)
@@ -31,15 +32,21 @@ def pairs(word, BFLOAT16: tl.constexpr):
 
     Both are halves of the format, times 2**-126 in bfloat16 and 2**-14 in float16.
     """
-    DOWN: tl.constexpr = 6 if BFLOAT16 else 3  # from the top of a half to its place
-    MASK: tl.constexpr = 0x01C001C0 if BFLOAT16 else 0x0E000E00
-    third = (word >> (DOWN - 4)) if BFLOAT16 else (word << (4 - DOWN))
-    return (
-        ((word << 12) & SIGNS) | ((word << (12 - DOWN)) & MASK),
-        ((word << 8) & SIGNS) | ((word << (8 - DOWN)) & MASK),
-        ((word << 4) & SIGNS) | (third & MASK),
-        (word & SIGNS) | ((word >> DOWN) & MASK),
-    )
+    if BFLOAT16:  # a product by two powers of two moves sign and rest at once
+        upper = word >> 8
+        return (
+            ((word & 0x000F000F) * 0x1040) & IN_BFLOAT16,
+            ((word & 0x00F000F0) * 0x0104) & IN_BFLOAT16,
+            ((upper & 0x000F000F) * 0x1040) & IN_BFLOAT16,
+            ((upper & 0x00F000F0) * 0x0104) & IN_BFLOAT16,
+        )
+    else:
+        return (
+            ((word << 12) & SIGNS) | ((word << 9) & 0x0E000E00),
+            ((word << 8) & SIGNS) | ((word << 5) & 0x0E000E00),
+            ((word << 4) & SIGNS) | ((word << 1) & 0x0E000E00),
+            (word & SIGNS) | ((word >> 3) & 0x0E000E00),
+        )
 
 
 @triton.jit

@@ -1,0 +1,91 @@
+"""Operands of the tensor cores, one 32-bit register of every thread a tensor [T] int32.
+
+T is 32 times the warps of a program, so that thread i of its warps has element i. With g = i // 4 %
+8 and t = i % 4, and counting pairs of columns k, a product of 16 rows by 8 columns takes
+
+- of the left factor the pairs t and t + 4 of rows g and g + 8: (g, t), (g + 8, t), (g, t + 4),
+  (g + 8, t + 4);
+- of the right factor the pairs t and t + 4 of column g;
+- of sums, float32, row g of columns 2 t and 2 t + 1, and row g + 8 of both.
+
+The interpreter has no assembler, and does the same with floats.
+"""
+
+import triton
+import triton.language as tl
+
+from scalesweep_hf.kernels.decoding import INTERPRETER, widened
+
+
+@triton.jit
+def multiply_add(w0, w1, w2, w3, x0, x1, sums, BFLOAT16: tl.constexpr):
+    """Return sums, four [T] float32, plus a product of 16 x 16 by 16 x 8 halves in every warp."""
+    s0, s1, s2, s3 = sums
+    if INTERPRETER:
+        u0, u1 = _dot(w0, x0, w2, x1, BFLOAT16)
+        u2, u3 = _dot(w1, x0, w3, x1, BFLOAT16)
+        return s0 + u0, s1 + u1, s2 + u2, s3 + u3
+    elif BFLOAT16:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [w0, w1, w2, w3, x0, x1, s0, s1, s2, s3],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [w0, w1, w2, w3, x0, x1, s0, s1, s2, s3],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def eight(words):
+    """Rearrange eight halves, four [T] int32, as `decoding.pairs`: (0, 4) (1, 5) (2, 6) (3, 7)."""
+    a, b, c, d = words
+    return _lower(a, c), _upper(a, c), _lower(b, d), _upper(b, d)
+
+
+@triton.jit
+def _lower(a, b):
+    """Return the lower halves of a and, above them, of b."""
+    if INTERPRETER:
+        return (a & 0xFFFF) | (b << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x5410;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _upper(a, b):
+    """Return the upper halves of a and, above them, of b."""
+    if INTERPRETER:
+        return ((a >> 16) & 0xFFFF) | (b & -65536)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, 0x7632;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _dot(w0, x0, w1, x1, BFLOAT16: tl.constexpr):
+    """Return, interpreted, the sums over t of eight rows, for columns 2 t and 2 t + 1."""
+    W: tl.constexpr = w0.shape[0] // 32
+    total = tl.zeros((W, 8, 8, 4), tl.float32)
+    for pair in tl.static_range(2):
+        w, x = (w1, x1) if pair else (w0, x0)
+        for half in tl.static_range(2):
+            a = tl.reshape(widened(w >> (16 * half), BFLOAT16), (W, 8, 1, 4))
+            b = tl.reshape(widened(x >> (16 * half), BFLOAT16), (W, 1, 8, 4))
+            total += a * b
+    even, odd = tl.split(tl.reshape(tl.sum(total, axis=3), (W, 8, 4, 2)))
+    return tl.reshape(even, (32 * W,)), tl.reshape(odd, (32 * W,))
