@@ -20,7 +20,13 @@ WARPS = 4
 
 INTERPRETER = tl.constexpr(INTERPRETED)
 SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000
+IN_BFLOAT16 = tl.constexpr(-0x7E3F7E40)  # 0x81C081C0: where `pairs` has its codes
 SCALE_BITS = tl.constexpr(-0x78100000)  # 0x87F00000
+# Ampere has no product of two bfloat16 at once, but adds -0 to one.
+_IN_BFLOAT16 = tl.constexpr(
+    "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }"
+)
+_IN_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 # What `halves` returns are values times 1 / REST, in both formats.
 REST = tl.constexpr(256.0)
 
@@ -31,15 +37,21 @@ def pairs(word, BFLOAT16: tl.constexpr):
 
     Both are halves of the format, times 2**-126 in bfloat16 and 2**-14 in float16.
     """
-    DOWN: tl.constexpr = 6 if BFLOAT16 else 3  # from the top of a half to its place
-    MASK: tl.constexpr = 0x01C001C0 if BFLOAT16 else 0x0E000E00
-    third = (word >> (DOWN - 4)) if BFLOAT16 else (word << (4 - DOWN))
-    return (
-        ((word << 12) & SIGNS) | ((word << (12 - DOWN)) & MASK),
-        ((word << 8) & SIGNS) | ((word << (8 - DOWN)) & MASK),
-        ((word << 4) & SIGNS) | (third & MASK),
-        (word & SIGNS) | ((word >> DOWN) & MASK),
-    )
+    if BFLOAT16:  # a product by two powers of two moves sign and rest at once
+        upper = word >> 8
+        return (
+            ((word & 0x000F000F) * 0x1040) & IN_BFLOAT16,
+            ((word & 0x00F000F0) * 0x0104) & IN_BFLOAT16,
+            ((upper & 0x000F000F) * 0x1040) & IN_BFLOAT16,
+            ((upper & 0x00F000F0) * 0x0104) & IN_BFLOAT16,
+        )
+    else:
+        return (
+            ((word << 12) & SIGNS) | ((word << 9) & 0x0E000E00),
+            ((word << 8) & SIGNS) | ((word << 5) & 0x0E000E00),
+            ((word << 4) & SIGNS) | ((word << 1) & 0x0E000E00),
+            (word & SIGNS) | ((word >> 3) & 0x0E000E00),
+        )
 
 
 @triton.jit
@@ -74,34 +86,35 @@ def factor(bits, BFLOAT16: tl.constexpr):
 
 
 @triton.jit
-def halves(pair, factor, BFLOAT16: tl.constexpr):
-    """Return the lower and the upper half of `pairs`, [..] int32, times those of `factor`."""
+def scaled(pair, factor, BFLOAT16: tl.constexpr):
+    """Return two halves [..] int32 times those of factor, as int32; products must be exact."""
     if INTERPRETER:  # which has no assembler, nor arithmetic for bfloat16
-        scale = widened(factor, BFLOAT16)
-        return widened(pair, BFLOAT16) * scale, widened(pair >> 16, BFLOAT16) * scale
-    # Written as two products, this costs up to three instructions more, to move halves about.
-    elif BFLOAT16:
-        both = tl.inline_asm_elementwise(
-            "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }",
-            "=r,r,r",
-            [pair, factor],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
+        lower = widened(pair, BFLOAT16) * widened(factor, BFLOAT16)
+        upper = widened(pair >> 16, BFLOAT16) * widened(factor >> 16, BFLOAT16)
+        if BFLOAT16:
+            lower, upper = lower.to(tl.int32, bitcast=True), upper.to(tl.int32, bitcast=True)
+            return ((lower >> 16) & 0xFFFF) | (upper & -65536)
+        else:
+            lower = lower.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+            upper = upper.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+            return (lower & 0xFFFF) | (upper << 16)
+    else:  # as two products, this costs up to three instructions more, to move halves about
+        ASSEMBLER: tl.constexpr = _IN_BFLOAT16 if BFLOAT16 else _IN_FLOAT16
+        return tl.inline_asm_elementwise(
+            ASSEMBLER, "=r,r,r", [pair, factor], dtype=tl.int32, is_pure=True, pack=1
         )
-        upper = (both >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        return both.to(tl.int16).to(tl.bfloat16, bitcast=True), upper
+
+
+@triton.jit
+def halves(pair, factor, BFLOAT16: tl.constexpr):
+    """Return the lower and the upper half of `scaled`."""
+    both = scaled(pair, factor, BFLOAT16)
+    if INTERPRETER:
+        return widened(both, BFLOAT16), widened(both >> 16, BFLOAT16)
     else:
-        both = tl.inline_asm_elementwise(
-            "mul.rn.f16x2 $0, $1, $2;",
-            "=r,r,r",
-            [pair, factor],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-        upper = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-        return both.to(tl.int16).to(tl.float16, bitcast=True), upper
+        FORMAT: tl.constexpr = tl.bfloat16 if BFLOAT16 else tl.float16
+        upper = (both >> 16).to(tl.int16).to(FORMAT, bitcast=True)
+        return both.to(tl.int16).to(FORMAT, bitcast=True), upper
 
 
 @triton.jit

@@ -8,15 +8,13 @@ operands. Warps of a program share out the strips, and add up at the end.
 Sums are of products over 256 (`decoding.REST`), so products below 2**-118 lose bits.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from scalesweep_hf.kernels.decoding import REST, in_words
-from scalesweep_hf.kernels.fragments import eight, factors, multiply_add, weights
+from scalesweep_hf.kernels.fragments import converts, eight, factors, multiply_add, weights
 from scalesweep_hf.kernels.overlap import overlapping, start
 
 FEW = 32  # tokens that this kernel takes
@@ -239,12 +237,6 @@ def _arranges(tiles: int, n: int) -> bool:
     return tiles > 1 and n > 8192
 
 
-@functools.cache
-def _converts(device: torch.device) -> bool:
-    """Whether a device converts from E4M3: from the generation after Ampere on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def multiply_few(
     rows: Tensor,
     packed: Tensor,
@@ -279,7 +271,7 @@ def multiply_few(
             R=r,
             W=warps,
             EVEN=k % (128 * warps) == 0,
-            CONVERTS=_converts(rows.device),
+            CONVERTS=converts(rows.device),
             ARRANGED=arranged,
             SCALES_INPUT=input_scale is not None,
             BIAS=bias is not None,

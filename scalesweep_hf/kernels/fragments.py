@@ -1,102 +1,42 @@
 """Operands of the tensor cores, one 32-bit register of every thread a tensor [T] int32.
 
 T is 32 times the warps of a program, so that thread i of its warps has element i. With g = i // 4 %
-8 and t = i % 4, and counting pairs of columns k, a product of 16 rows by 8 tokens takes
+8 and t = i % 4, and counting pairs of columns k, a product of 16 rows by 8 columns takes
 
-- of the weight the pairs t and t + 4 of rows g and g + 8: (g, t), (g + 8, t), (g, t + 4),
+- of the left factor the pairs t and t + 4 of rows g and g + 8: (g, t), (g + 8, t), (g, t + 4),
   (g + 8, t + 4);
-- of x the pairs t and t + 4 of token g;
-- of sums, float32, those of row g for tokens 2 t and 2 t + 1, and of row g + 8 for both.
+- of the right factor the pairs t and t + 4 of column g;
+- of sums, float32, row g of columns 2 t and 2 t + 1, and row g + 8 of both.
 
 The interpreter has no assembler, and does the same with floats.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
-from scalesweep_hf.kernels.decoding import INTERPRETER, factor, halves, pairs, widened
+from scalesweep_hf.kernels.decoding import INTERPRETER, factor, pairs, scaled, widened
+
+
+@functools.cache
+def converts(device: torch.device) -> bool:
+    """Whether a device converts from E4M3: from the generation after Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @triton.jit
 def weights(word, factor, BFLOAT16: tl.constexpr):
-    """Return eight codes times `decoding.factor`: pairs (0, 4), (1, 5), (2, 6) and (3, 7).
-
-    Values are those of `decoding.pairs` and `decoding.halves`. In bfloat16 a product by two powers
-    of two moves sign and magnitude at once.
-
-    Args:
-        word: [T] int32, eight codes.
-        factor: [T] int32.
-        BFLOAT16: the format, else float16.
-    """
-    if INTERPRETER:
-        p0, p1, p2, p3 = pairs(word, BFLOAT16)
-        r0, r1 = _scaled(p0, factor, BFLOAT16), _scaled(p1, factor, BFLOAT16)
-        return r0, r1, _scaled(p2, factor, BFLOAT16), _scaled(p3, factor, BFLOAT16)
-    elif BFLOAT16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d, w, z;
-            shr.u32 w, $4, 8;
-            and.b32 a, $4, 0x000F000F;
-            and.b32 b, $4, 0x00F000F0;
-            and.b32 c, w, 0x000F000F;
-            and.b32 d, w, 0x00F000F0;
-            mul.lo.u32 a, a, 0x1040;
-            mul.lo.u32 b, b, 0x104;
-            mul.lo.u32 c, c, 0x1040;
-            mul.lo.u32 d, d, 0x104;
-            and.b32 a, a, 0x81C081C0;
-            and.b32 b, b, 0x81C081C0;
-            and.b32 c, c, 0x81C081C0;
-            and.b32 d, d, 0x81C081C0;
-            mov.b32 z, 0x80008000;
-            fma.rn.bf16x2 $0, a, $5, z;
-            fma.rn.bf16x2 $1, b, $5, z;
-            fma.rn.bf16x2 $2, c, $5, z;
-            fma.rn.bf16x2 $3, d, $5, z;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r",
-            [word, factor],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a, b, c, d, m;
-            shl.b32 a, $4, 12;
-            shl.b32 b, $4, 8;
-            shl.b32 c, $4, 4;
-            and.b32 a, a, 0x80008000;
-            and.b32 b, b, 0x80008000;
-            and.b32 c, c, 0x80008000;
-            and.b32 d, $4, 0x80008000;
-            shl.b32 m, $4, 9;
-            lop3.b32 a, m, 0x0E000E00, a, 0xEA;
-            shl.b32 m, $4, 5;
-            lop3.b32 b, m, 0x0E000E00, b, 0xEA;
-            shl.b32 m, $4, 1;
-            lop3.b32 c, m, 0x0E000E00, c, 0xEA;
-            shr.u32 m, $4, 3;
-            lop3.b32 d, m, 0x0E000E00, d, 0xEA;
-            mul.rn.f16x2 $0, a, $5;
-            mul.rn.f16x2 $1, b, $5;
-            mul.rn.f16x2 $2, c, $5;
-            mul.rn.f16x2 $3, d, $5;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r",
-            [word, factor],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
+    """Return eight codes [T] int32 times `decoding.factor`, as `decoding.pairs`."""
+    p0, p1, p2, p3 = pairs(word, BFLOAT16)
+    first = scaled(p0, factor, BFLOAT16), scaled(p1, factor, BFLOAT16)
+    return first + (scaled(p2, factor, BFLOAT16), scaled(p3, factor, BFLOAT16))
 
 
 @triton.jit
 def eight(words):
-    """Rearrange eight halves, four [T] int32, as `weights` has its codes."""
+    """Rearrange eight halves, four [T] int32, as `decoding.pairs`: (0, 4) (1, 5) (2, 6) (3, 7)."""
     a, b, c, d = words
     return _lower(a, c), _upper(a, c), _lower(b, d), _upper(b, d)
 
@@ -156,7 +96,7 @@ def factors(codes, BFLOAT16: tl.constexpr, CONVERTS: tl.constexpr):
 
 @triton.jit
 def multiply_add(w0, w1, w2, w3, x0, x1, sums, BFLOAT16: tl.constexpr):
-    """Return sums, four [T] float32, plus a product of 16 rows by 16 columns and 8 tokens."""
+    """Return sums, four [T] float32, plus a product of 16 x 16 by 16 x 8 halves in every warp."""
     s0, s1, s2, s3 = sums
     if INTERPRETER:
         u0, u1 = _dot(w0, x0, w2, x1, BFLOAT16)
@@ -207,20 +147,8 @@ def _upper(a, b):
 
 
 @triton.jit
-def _scaled(pair, factor, BFLOAT16: tl.constexpr):
-    """Return `decoding.halves`, interpreted, as two halves; they are exact."""
-    a, b = halves(pair, factor, BFLOAT16)
-    if BFLOAT16:
-        return _upper(a.to(tl.int32, bitcast=True), b.to(tl.int32, bitcast=True))
-    else:
-        a, b = a.to(tl.float16), b.to(tl.float16)
-        a, b = a.to(tl.int16, bitcast=True), b.to(tl.int16, bitcast=True)
-        return _lower(a.to(tl.int32), b.to(tl.int32))
-
-
-@triton.jit
 def _dot(w0, x0, w1, x1, BFLOAT16: tl.constexpr):
-    """Return, interpreted, the sums over t of eight rows, for tokens 2 t and 2 t + 1."""
+    """Return, interpreted, the sums over t of eight rows, for columns 2 t and 2 t + 1."""
     W: tl.constexpr = w0.shape[0] // 32
     total = tl.zeros((W, 8, 8, 4), tl.float32)
     for pair in tl.static_range(2):
