@@ -2,8 +2,8 @@
 
 The scale of least loss is searched for from above. No scale above the bounded window has less, so
 the walk may start anywhere above it; nor has one below, so it may also go on (with importances it
-ends where the window does). It stops where clipping one element alone costs more than the best
-scale so far: docs/proof.md, "Walking down". So "bounded" and "exact" are the same walk, but for
+ends where the window does). It stops where clipping one element alone, with importances one that
+stands for several, costs more than the best scale so far: docs/proof.md, "Walking down". So "bounded" and "exact" are the same walk, but for
 importances.
 
 Magnitudes and losses have units of 2**10 tensor scales and their square: see `kernels.numbers`.
@@ -32,8 +32,8 @@ MOST = tl.constexpr(1632.0)
 # What has a normal scale. Subnormal ones are so far apart that the nearest may clip.
 LEAST_LARGEST = tl.constexpr(0.09)
 LEAST = tl.constexpr(2.0**-53)  # squares of the smallest are normal numbers, in both units
-# What rounding and underflow cannot make of nothing, for squares in units of MAGNITUDE**2 times
-# importances up to one, and for importances times MAGNITUDE**-2.
+# Losses far above what underflow takes: for importances up to one, and for those times
+# MAGNITUDE**-2. SHORT covers roundings.
 FLOOR = tl.constexpr(2.0**-60)
 FLOOR_NORMALIZED = tl.constexpr(2.0**-40)
 SHORT = tl.constexpr(1 - 2.0**-13)

@@ -306,10 +306,12 @@ def near_ties(weighted: bool, count: int) -> tuple[Tensor, Tensor | None]:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_near_ties_have_the_bits_of_the_definition(weighted: bool, device: str) -> None:
-    x, w = near_ties(weighted, 1000 if device == "cuda" else 10)
+    x, w = near_ties(weighted, 200)
     best, second = least_two(x, w)
-    assert ((second <= best * (1 + 2.0**-20)) & (second > best)).float().mean() > 0.3
-    assert agree(alone(x), None if w is None else alone(w), "bounded", device)
+    near = (second <= best * (1 + 2.0**-20)) & (second > best)
+    assert near.float().mean() > 0.3
+    chosen = near.nonzero().flatten()[: None if device == "cuda" else 10]
+    assert agree(alone(x[chosen]), None if w is None else alone(w[chosen]), "bounded", device)
 
 
 @pytest.mark.parametrize("unit", [0.0, 1e-44, 1.0, 1e38])
