@@ -3,8 +3,8 @@
 The scale of least loss is searched for from above. No scale above the bounded window has less, so
 the walk may start anywhere above it; nor has one below, so it may also go on (with importances it
 ends where the window does). It stops where clipping one element alone, with importances one that
-stands for several, costs more than the best scale so far: docs/proof.md, "Walking down". So "bounded" and "exact" are the same walk, but for
-importances.
+stands for several, costs more than the best scale so far: docs/proof.md, "Walking down". So
+"bounded" and "exact" are the same walk, but for importances.
 
 Magnitudes and losses have units of 2**10 tensor scales and their square: see `kernels.numbers`.
 """
