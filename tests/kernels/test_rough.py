@@ -325,3 +325,14 @@ def test_importances_of_any_unit_and_long_walks(unit: float, device: str) -> Non
     w[::3] = torch.rand(x[::3].shape, generator=torch.Generator().manual_seed(3))
     for window in ("bounded", "exact"):
         assert agree(alone(x), alone(w * unit), window, device)
+
+
+@pytest.mark.parametrize("times", [8, 100])
+def test_walks_end_with_the_window_or_at_the_optimum(times: int, device: str) -> None:
+    """The largest element weighs nothing: the best scale is 24 codes down, or 50, more than 32."""
+    x = blocks("normal", 25, 60, n=400 if device == "cuda" else 4)
+    x[:, 0] = times * x.abs().amax(1)
+    w = torch.ones_like(x)
+    w[:, 0] = 0.0
+    for window in ("bounded", "exact"):
+        assert agree(alone(x), alone(w), window, device)
