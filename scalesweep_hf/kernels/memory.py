@@ -8,14 +8,23 @@ from scalesweep_hf.kernels.numbers import NAN, add_power, invert_near, quotient
 
 
 @triton.jit
-def load_blocks(ptr, block, mask):
-    """Load blocks [ROWS] of 16 floats, 16 bytes at a time, as a tuple of 16 [ROWS] float32."""
+def load_blocks(ptr, block, mask, AGAIN=False):
+    """Load blocks [ROWS] of 16 floats, 16 bytes at a time, as a tuple of 16 [ROWS] float32.
+
+    Args:
+        ptr: to blocks of 16 floats.
+        block: [ROWS].
+        mask: [ROWS].
+        AGAIN: whether to load what was loaded before: the same load would be dropped, and what it
+            brought kept in registers.
+    """
+    CACHE: tl.constexpr = ".ca" if AGAIN else ""
     LOADS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
     pairs = ptr.to(tl.pointer_type(tl.int64)) + tl.arange(0, 2)
     pairs += block[:, None].to(tl.int64) * (2 * LOADS)
     words = ()
     for i in tl.static_range(LOADS):
-        a, b = tl.split(tl.load(pairs + 2 * i, mask=mask[:, None], other=0))
+        a, b = tl.split(tl.load(pairs + 2 * i, mask=mask[:, None], other=0, cache_modifier=CACHE))
         words = words + (a.to(tl.int32), (a >> 32).to(tl.int32))
         words = words + (b.to(tl.int32), (b >> 32).to(tl.int32))
     result = ()

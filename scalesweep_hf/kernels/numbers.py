@@ -121,6 +121,15 @@ def code_scale_normal(code):
 
 
 @triton.jit
+def scale_below(scale):
+    """Return `code_scale` of the next code down, 0 below that of code 1; nothing below 0."""
+    # Both are right for codes 9 to 16; above, the first is less, and below, the second.
+    normal = scale.to(tl.int32, bitcast=True) - 0x100000
+    subnormal = (scale - SCALE * 2.0**-9).to(tl.int32, bitcast=True)
+    return tl.minimum(normal, subnormal).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def magnitude_near(x, scale, inverse, TWICE: tl.constexpr):
     """Return x / scale, correctly rounded, where no remainder underflows; infinity gives NaN.
 
@@ -154,12 +163,20 @@ def sixth_near(x):
 @triton.jit
 def invert_near(scale):
     """Return 1 / scale, correctly rounded, for an E4M3 number times a power of two, normal both."""
+    inverse = invert_rough(scale)
     if not FUSED:
-        return tl.div_rn(1.0, scale)
-    inverse = tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [scale], dtype=tl.float32, is_pure=True, pack=1
-    )
+        return inverse
     return tl.fma(tl.fma(inverse, -scale, 1.0), inverse, inverse)
+
+
+@triton.jit
+def invert_rough(x):
+    """Return 1 / x within 2**-23 of it (PTX ISA, rcp.approx.ftz), where both are normal."""
+    if not FUSED:
+        return tl.div_rn(1.0, x)
+    return tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -200,7 +217,7 @@ def error_near(x, scale, inverse, one, CLIPS: tl.constexpr):
 
     A product rounded toward zero never reaches a midpoint from below, whatever its precision, and
     never falls below one from above; that x * inverse lies on the side of x / scale is what
-    `rounding_error` rests on. Half a step is then added to the bits and the rest cut off.
+    `rounding_error` rests on.
 
     Args:
         x: float32, >= 0, in units of MAGNITUDE.
@@ -209,7 +226,27 @@ def error_near(x, scale, inverse, one, CLIPS: tl.constexpr):
         one: int32, 1, but the compiler must not know it: see `add_half_step`.
         CLIPS: whether x / scale may be 7 or more.
     """
-    bits = multiply_down(x, inverse).to(tl.int32, bitcast=True)
+    return _error(x, scale, multiply_down(x, inverse), one, CLIPS)
+
+
+@triton.jit
+def error_rough(x, scale, inverse, one, CLIPS: tl.constexpr):
+    """Return `error_near`, or close to a midpoint the error of the neighbour on its other side.
+
+    Args:
+        x: as in `error_near`.
+        scale: likewise.
+        inverse: from `invert_rough`.
+        one: likewise.
+        CLIPS: likewise.
+    """
+    return _error(x, scale, x * inverse, one, CLIPS)
+
+
+@triton.jit
+def _error(x, scale, quotient, one, CLIPS: tl.constexpr):
+    """Return x - scale * quotient rounded to E2M1: half a step is added, and the rest cut off."""
+    bits = quotient.to(tl.int32, bitcast=True)
     bits = tl.minimum(bits + 0x200000, 0x1FFFFFF) if CLIPS else add_half_step(bits, one)
     rounded = (bits & -0x400000).to(tl.float32, bitcast=True)
     return tl.fma(rounded, -scale, x)
