@@ -23,9 +23,7 @@ SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000
 IN_BFLOAT16 = tl.constexpr(-0x7E3F7E40)  # 0x81C081C0: where `pairs` has its codes
 SCALE_BITS = tl.constexpr(-0x78100000)  # 0x87F00000
 # Ampere has no product of two bfloat16 at once, but adds -0 to one.
-_IN_BFLOAT16 = tl.constexpr(
-    "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }"
-)
+_IN_BFLOAT16 = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
 _IN_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 # What `halves` returns are values times 1 / REST, in both formats.
 REST = tl.constexpr(256.0)
