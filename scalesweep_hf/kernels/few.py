@@ -15,10 +15,11 @@ from torch import Tensor
 
 from scalesweep_hf.kernels.decoding import REST, in_words
 from scalesweep_hf.kernels.fragments import converts, eight, factors, multiply_add, weights
-from scalesweep_hf.kernels.overlap import overlapping, start
+from scalesweep_hf.kernels.overlap import NOT_OVERLAPPING, overlapping, start
 
 FEW = 32  # tokens that this kernel takes
 TILE = tl.constexpr(8)  # tokens of a product of the tensor cores
+MANY_ROWS = 8192  # from which on programs are several to a processor
 
 
 @triton.jit
@@ -49,16 +50,13 @@ def _load_weights(packed_ptr, scale_ptr, rows, quarter, K):
 
 
 @triton.jit
-def _load_x(x_ptr, tokens, quarter, K, ARRANGED: tl.constexpr, MASKED: tl.constexpr):
+def _load_x(x_ptr, tokens, quarter, K, MASKED: tl.constexpr):
     """Load the same quarter of each token, eight columns at a time, as `fragments.eight` does."""
     mask = quarter < K // 32
     x = ()
     for i in tl.static_range(len(tokens)):
         for q in tl.static_range(4):
-            if ARRANGED:
-                at = ((quarter // 4 * len(tokens) + i) * 4 + q) * 32 + tokens[i]
-            else:
-                at = (tokens[i] + quarter) * 4 + q
+            at = (tokens[i] + quarter) * 4 + q
             x = x + (eight(_sixteen_bytes(x_ptr, at, mask, MASKED, "evict_last")),)
     return x
 
@@ -129,35 +127,8 @@ def _over_warps(sums, W: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _arrange_kernel(
-    x_ptr,  # [tokens, K]
-    result_ptr,  # [strips, TILES, 4, 32, 8], zeros beyond K
-    K,
-    tokens,
-    TILES: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """Bring x into the order in which warps load it, so that every load is of whole lines."""
-    start(OVERLAPS)
-    lane = tl.arange(0, 32)
-    strip = tl.program_id(0)
-    quarter = strip * 4 + lane % 4
-    two = tl.arange(0, 2)[None, :]
-    mask = (quarter < K // 32)[:, None]
-    source = x_ptr.to(tl.pointer_type(tl.int64))
-    result = result_ptr.to(tl.pointer_type(tl.int64))
-    for tile in tl.static_range(TILES):
-        token = tl.minimum(TILE * tile + lane // 4, tokens - 1).to(tl.int64)
-        for q in tl.static_range(4):
-            at = (token * (K // 32) + quarter) * 4 + q
-            part = tl.load(source + (at[:, None] * 2 + two), mask=mask, other=0)
-            at = ((strip * TILES + tile) * 4 + q) * 32 + lane
-            tl.store(result + (at[:, None] * 2 + two), part)
-
-
-@triton.jit(do_not_specialize=["tokens"])
 def _few_kernel(
-    x_ptr,  # [tokens, K], ARRANGED: as `_arrange_kernel` has it
+    x_ptr,  # [tokens, K]
     packed_ptr,  # [N, K / 8] int32
     block_scale_ptr,  # [N, K / 32] int16
     tensor_scale_ptr,  # [] float32
@@ -172,7 +143,6 @@ def _few_kernel(
     W: tl.constexpr,  # warps
     EVEN: tl.constexpr,  # whether K is a multiple of 128 * W
     CONVERTS: tl.constexpr,  # see `fragments.factors`
-    ARRANGED: tl.constexpr,
     SCALES_INPUT: tl.constexpr,
     BIAS: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -187,10 +157,7 @@ def _few_kernel(
         rows = rows + (tl.minimum(first + 8 * i + g, N - 1).to(tl.int64) * quarters,)
     of_x = ()
     for i in tl.static_range(TILES):
-        if ARRANGED:
-            of_x = of_x + ((thread % 32).to(tl.int64),)
-        else:
-            of_x = of_x + (tl.minimum(TILE * i + g, tokens - 1).to(tl.int64) * quarters,)
+        of_x = of_x + (tl.minimum(TILE * i + g, tokens - 1).to(tl.int64) * quarters,)
     zeros = tl.zeros((32 * W,), tl.float32)
     sums = ()
     for _ in tl.static_range(R * TILES):
@@ -199,7 +166,7 @@ def _few_kernel(
     start(OVERLAPS)
     words, scales = _load_weights(packed_ptr, block_scale_ptr, rows, quarter, K)
     for _ in range(0, K, 128 * W):
-        x = _load_x(x_ptr, of_x, quarter, K, ARRANGED, not EVEN)
+        x = _load_x(x_ptr, of_x, quarter, K, not EVEN)
         sums = _add(sums, words, scales, x, TILES, BFLOAT16, CONVERTS)
         quarter += 4 * W
         # ptxas issues these as the registers that they fill are used for the last time.
@@ -224,17 +191,12 @@ def _shape_of_programs(tiles: int, n: int) -> tuple[int, int]:
     Few programs want many warps, to have enough loads under way. More tiles want more rows, since
     every program reads all of x, and lines of the first cache that loads touch are the limit then.
     """
-    few = n <= 8192
+    few = n <= MANY_ROWS
     if tiles == 1:
         return (1, 16) if few else (1, 4)
     if few:
         return (2, 16) if tiles == 2 else (2, 8)
     return (4, 4)
-
-
-def _arranges(tiles: int, n: int) -> bool:
-    """Whether x is brought into order first: a launch that pays where many programs load it."""
-    return tiles > 1 and n > 8192
 
 
 def multiply_few(
@@ -251,13 +213,11 @@ def multiply_few(
     y = rows.new_empty((tokens, n), dtype=dtype)
     tiles = triton.next_power_of_2(triton.cdiv(tokens, TILE.value))
     r, warps = _shape_of_programs(tiles, n)
-    arranged = _arranges(tiles, n)
+    # Programs of the next kernel that find room early crowd some processors and not others.
+    overlap = overlapping(rows.device) if n <= MANY_ROWS else NOT_OVERLAPPING
     with torch.cuda.device_of(rows):
-        x = in_words(rows, torch.int64).view(rows.dtype)
-        if arranged:
-            x = _arrange(x, tokens, k, tiles)
         _few_kernel[(triton.cdiv(n, 16 * r),)](
-            x,
+            in_words(rows, torch.int64).view(rows.dtype),
             in_words(packed, torch.int64).view(torch.int32),
             in_words(block_scale, torch.int16),
             tensor_scale,
@@ -272,20 +232,10 @@ def multiply_few(
             W=warps,
             EVEN=k % (128 * warps) == 0,
             CONVERTS=converts(rows.device),
-            ARRANGED=arranged,
             SCALES_INPUT=input_scale is not None,
             BIAS=bias is not None,
             num_warps=warps,
             enable_fp_fusion=False,
-            **overlapping(rows.device),
+            **overlap,
         )
     return y
-
-
-def _arrange(x: Tensor, tokens: int, k: int, tiles: int) -> Tensor:
-    strips = triton.cdiv(k, 128)
-    result = x.new_empty(strips * tiles * 1024)
-    _arrange_kernel[(strips,)](
-        x, result, k, tokens, TILES=tiles, num_warps=1, **overlapping(x.device)
-    )
-    return result

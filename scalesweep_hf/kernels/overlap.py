@@ -20,6 +20,8 @@ import triton.language as tl
 
 from scalesweep_hf.kernels.numbers import INTERPRETED
 
+NOT_OVERLAPPING = {"OVERLAPS": False}
+
 _CUDA = getattr(getattr(tl, "extra", None), "cuda", None)
 _wait = getattr(_CUDA, "gdc_wait", None)
 _launch_dependents = getattr(_CUDA, "gdc_launch_dependents", None)
@@ -43,4 +45,4 @@ def overlaps(device: torch.device) -> bool:
 
 def overlapping(device: torch.device) -> dict[str, Any]:
     """Return options to launch a kernel with that calls `start(OVERLAPS)` first."""
-    return {"OVERLAPS": True, "launch_pdl": True} if overlaps(device) else {"OVERLAPS": False}
+    return {"OVERLAPS": True, "launch_pdl": True} if overlaps(device) else NOT_OVERLAPPING

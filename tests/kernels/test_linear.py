@@ -92,23 +92,13 @@ def test_products_have_the_error_of_float32_sums(
     check(multiply(twin, x, w, bias=bias), x, w, w.tensor_scale, bias)
 
 
-@pytest.mark.parametrize(
-    ("t", "r", "warps", "arranges"),
-    [(3, 1, 4, False), (16, 4, 4, True), (30, 4, 4, True), (9, 2, 8, True), (16, 4, 4, False)],
-)
+@pytest.mark.parametrize(("t", "r", "warps"), [(3, 1, 4), (16, 4, 4), (30, 4, 4), (9, 2, 8)])
 def test_programs_of_every_shape_have_the_same_products(
-    twin: Backend,
-    t: int,
-    r: int,
-    warps: int,
-    arranges: bool,
-    device: str,
-    monkeypatch: pytest.MonkeyPatch,
+    twin: Backend, t: int, r: int, warps: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The shapes that only a larger N or K takes."""
     few = importlib.import_module("scalesweep_hf.kernels.few")
     monkeypatch.setattr(few, "_shape_of_programs", lambda *_: (r, warps))
-    monkeypatch.setattr(few, "_arranges", lambda *_: arranges)
     for k in (512, 1056):
         w, x = matrix(99, k, device), tokens(t, k, dtype=torch.bfloat16, device=device)
         check(multiply(twin, x, w), x, w, w.tensor_scale)
