@@ -99,7 +99,7 @@ def test_programs_of_every_shape_have_the_same_products(
     """The shapes that only a larger N or K takes."""
     few = importlib.import_module("scalesweep_hf.kernels.few")
     monkeypatch.setattr(few, "_shape_of_programs", lambda *_: (r, warps))
-    for k in (512, 1056):
+    for k in (512, 1056) if t < 30 else (1056,):
         w, x = matrix(99, k, device), tokens(t, k, dtype=torch.bfloat16, device=device)
         check(multiply(twin, x, w), x, w, w.tensor_scale)
 

@@ -112,8 +112,10 @@ print(kernel.asm["ptx"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("half", ["bf16", "fp16"])
-@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize(
+    ("capability", "half"),
+    [(80, "bf16"), (90, "bf16"), (90, "fp16"), (100, "bf16"), (120, "fp16")],
+)
 def test_operands_are_loaded_and_decoded_where_they_are_multiplied(
     capability: int, half: str
 ) -> None:
