@@ -157,7 +157,7 @@ def _few_kernel(
         rows = rows + (tl.minimum(first + 8 * i + g, N - 1).to(tl.int64) * quarters,)
     of_x = ()
     for i in tl.static_range(TILES):
-        of_x = of_x + (tl.minimum(TILE * i + g, tokens - 1).to(tl.int64) * quarters,)
+        of_x = of_x + (tl.minimum(g + TILE * i, tokens - 1).to(tl.int64) * quarters,)
     zeros = tl.zeros((32 * W,), tl.float32)
     sums = ()
     for _ in tl.static_range(R * TILES):
@@ -178,7 +178,7 @@ def _few_kernel(
     i = tl.arange(0, R * TILES)[None, None, None, :]
     row = tl.arange(0, 8)[:, None, None, None] + 8 * tl.arange(0, 2)[None, None, :, None]
     row += first + 16 * (i // TILES)
-    token = tl.arange(0, 8)[None, :, None, None] + TILE * (i % TILES)
+    token = tl.arange(0, 8)[None, :, None, None] + i % TILES * TILE
     if BIAS:
         y += tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
     where = y_ptr + (token.to(tl.int64) * N + row)
