@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scalesweep_hf.kernels.decoding import REST, in_words
-from scalesweep_hf.kernels.fragments import converts, eight, factors, multiply_add, weights
+from scalesweep_hf.kernels.fragments import converts_e4m3, eight, factors, multiply_add, weights
 from scalesweep_hf.kernels.overlap import NOT_OVERLAPPING, overlapping, start
 
 FEW = 32  # tokens that this kernel takes
@@ -231,7 +231,7 @@ def multiply_few(
             R=r,
             W=warps,
             EVEN=k % (128 * warps) == 0,
-            CONVERTS=converts(rows.device),
+            CONVERTS=converts_e4m3(rows.device),
             SCALES_INPUT=input_scale is not None,
             BIAS=bias is not None,
             num_warps=warps,

@@ -21,7 +21,7 @@ from scalesweep_hf.kernels.decoding import INTERPRETER, factor, pairs, scaled, w
 
 
 @functools.cache
-def converts(device: torch.device) -> bool:
+def converts_e4m3(device: torch.device) -> bool:
     """Whether a device converts from E4M3: from the generation after Ampere on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 

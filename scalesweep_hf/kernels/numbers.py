@@ -7,7 +7,7 @@ Losses are compared with magnitudes in units of 2**10 tensor scales, and quotien
 2**126: one is then the smallest normal float32, and the E2M1 numbers are those with one bit after
 the leading one, subnormal 0.5 included; their bits >> 22 are 0...7. With these units every factor
 below is a normal float32. A power of two changes no rounding but that of subnormal numbers, which
-`descent.is_ordinary` keeps away.
+`descent.has_no_specks` keeps away, or `kernels.rough` may ignore.
 """
 
 import triton

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from scalesweep_hf.kernels.decoding import in_words
-from scalesweep_hf.kernels.fragments import converts
+from scalesweep_hf.kernels.fragments import converts_e4m3
 from scalesweep_hf.kernels.numbers import INTERPRETED
 from scalesweep_hf.kernels.overlap import overlapping
 from scalesweep_hf.kernels.vector_kernel import EIGHTS, ROWS, vector_kernel
@@ -67,7 +67,7 @@ def multiply_one(
             AHEAD=ahead,
             PAIRED=paired,
             EVEN=blocks == columns * steps,
-            CONVERTS=converts(row.device),
+            CONVERTS=converts_e4m3(row.device),
             SCALES_INPUT=input_scale is not None,
             BIAS=bias is not None,
             num_warps=warps,

@@ -11,8 +11,8 @@ in columns 2 t, those of the latter the sums of blocks 2 t + 1 in columns 2 t + 
 columns are not used.
 
 Decoded bfloat16 codes are times 2**-126, so that x is first multiplied by 2**96: products below
-2**-96 may lose bits. Where that overflows, from 2**32 on, x stays as it is, and products below one
-may lose bits.
+2**-96 may lose bits. Rows where that overflows, because x reaches 2**32 or so, take x as it is, and
+products below one may lose bits.
 """
 
 import triton
@@ -265,7 +265,8 @@ def vector_kernel(
                 EVEN,
                 CONVERTS,
             )
-            y = _of_rows(upper, lower, W) * 8.507059173023462e37  # 2**126
+            again = _of_rows(upper, lower, W) * 8.507059173023462e37  # 2**126
+            y = tl.where(tl.abs(y) < float("inf"), y, again)
     y *= input_scale * scale if SCALES_INPUT else scale
     row = tile * ROWS + tl.arange(0, 8)[:, None] + 8 * tl.arange(0, 2)[None, :]
     if BIAS:

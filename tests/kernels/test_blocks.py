@@ -138,7 +138,7 @@ def test_quotients_are_rounded_as_ieee_does_it(
     """AbsMax codes of random numbers under random tensor scales: a wrong last bit moves some."""
     generator = torch.Generator().manual_seed(4)
     rows = 1 << 8 if interpreted else 1 << 14
-    for _ in range(8):
+    for _ in range(4 if interpreted else 8):
         x = torch.randn(rows, 64, generator=generator).to(device)
         tensor_scale = torch.rand((), generator=generator).to(device) * 1e-2
         found = twin.encode_blocks(x, tensor_scale, objective="mse")

@@ -68,7 +68,8 @@ def test_ordinary_blocks_have_the_bits_of_the_definition(
         importance[1::5] *= 1e-30
         importance = importance.to(device)
     options: dict[str, Any] = {"importance": importance, "window": window}
-    for tensor_scale in (ONE, torch.tensor(0.9371), torch.tensor(1.125)):
+    scales = ONE, torch.tensor(0.9371), torch.tensor(1.125)
+    for tensor_scale in scales if device == "cuda" else scales[:2]:
         arguments = x, tensor_scale.to(device)
         found, expected = (
             module.encode_blocks(*arguments, objective=objective, **options)

@@ -92,14 +92,14 @@ def test_products_have_the_error_of_float32_sums(
     check(multiply(twin, x, w, bias=bias), x, w, w.tensor_scale, bias)
 
 
-@pytest.mark.parametrize(("t", "r", "warps"), [(3, 1, 4), (16, 4, 4), (30, 4, 4), (9, 2, 8)])
+@pytest.mark.parametrize(("t", "r", "warps"), [(3, 1, 4), (16, 4, 4), (30, 4, 4), (9, 2, 16)])
 def test_programs_of_every_shape_have_the_same_products(
     twin: Backend, t: int, r: int, warps: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shapes that only a larger N or K takes."""
+    """The shapes that only a larger N takes, and one that shares out all of K evenly."""
     few = importlib.import_module("scalesweep_hf.kernels.few")
     monkeypatch.setattr(few, "_shape_of_programs", lambda *_: (r, warps))
-    for k in (512, 1056) if t < 30 else (1056,):
+    for k in (512, 1056, 2048) if device == "cuda" else (2048 if warps == 16 else 1056,):
         w, x = matrix(99, k, device), tokens(t, k, dtype=torch.bfloat16, device=device)
         check(multiply(twin, x, w), x, w, w.tensor_scale)
 
@@ -285,6 +285,7 @@ types |= {"tensor_scale_ptr": "*fp32", "input_scale_ptr": "*fp32", "bias_ptr": "
 types |= {"N": "i32", "K": "i32", "tokens": "i32"}
 constants = {"TILES": 2, "R": 2, "W": 8, "EVEN": True}
 constants |= {"CONVERTS": CAPABILITY >= 89, "SCALES_INPUT": False, "BIAS": False}
+constants |= {"OVERLAPS": CAPABILITY >= 90}
 signature = {name: types.get(name, "constexpr") for name in _few_kernel.arg_names}
 names = [name for name in types if name != "tokens"]
 aligned = {(_few_kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in names}
@@ -312,6 +313,9 @@ def test_operands_are_loaded_and_decoded_where_they_are_multiplied(capability: i
     assert ptx.count("mma.sync") == 2 * 2 * 8  # tiles, 16 rows, of 128 columns
     products = ptx[: ptx.rindex("mma.sync")]
     assert not re.findall(r"(?:ld|st)\.shared|shfl|matrix", products)
+    waits = ptx.find("griddepcontrol.wait")
+    assert (waits >= 0) == (capability >= 90)
+    assert waits < ptx.index("ld.global")
     assert ptx.count("v2.b64") == 2 * 4 + 2 * 4  # weights, now and ahead, and x, 16 bytes at a time
 
 

@@ -310,7 +310,7 @@ def test_near_ties_have_the_bits_of_the_definition(weighted: bool, device: str) 
     best, second = least_two(x, w)
     near = (second <= best * (1 + 2.0**-20)) & (second > best)
     assert near.float().mean() > 0.3
-    chosen = near.nonzero().flatten()[: None if device == "cuda" else 10]
+    chosen = near.nonzero().flatten()[: None if device == "cuda" else 5]
     assert agree(alone(x[chosen]), None if w is None else alone(w[chosen]), "bounded", device)
 
 
@@ -318,7 +318,7 @@ def test_near_ties_have_the_bits_of_the_definition(weighted: bool, device: str) 
 def test_importances_of_any_unit_and_long_walks(unit: float, device: str) -> None:
     """One element counts, and the others hardly keep it from a scale far below theirs."""
     x, _ = clear_blocks(False)
-    x = x[1 :: 1 if device == "cuda" else 80]
+    x = x[1 :: 1 if device == "cuda" else 110]
     x[:, 2] = x.abs().amax(1) / torch.linspace(20, 60, len(x))
     w = torch.full(x.shape, 1e-9)
     w[:, 2] = 1.0
@@ -330,7 +330,7 @@ def test_importances_of_any_unit_and_long_walks(unit: float, device: str) -> Non
 @pytest.mark.parametrize("times", [8, 100])
 def test_walks_end_with_the_window_or_at_the_optimum(times: int, device: str) -> None:
     """The largest element weighs nothing: the best scale is 24 codes down, or 50, more than 32."""
-    x = blocks("normal", 25, 60, n=400 if device == "cuda" else 2)
+    x = blocks("normal", 25, 60, n=400 if device == "cuda" else 1)
     x[:, 0] = times * x.abs().amax(1)
     w = torch.ones_like(x)
     w[:, 0] = 0.0
