@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from scalesweep_hf.kernels.decoding import REST, in_words
-from scalesweep_hf.kernels.fragments import converts_e4m3, eight, factors, multiply_add, weights
+from scalesweep_hf.kernels.fragments import (
+    converts_e4m3,
+    eight,
+    factors,
+    four,
+    multiply_add,
+    weights,
+)
 from scalesweep_hf.kernels.overlap import NOT_OVERLAPPING, overlapping, start
 
 FEW = 32  # tokens that this kernel takes
@@ -30,8 +37,7 @@ def _sixteen_bytes(ptr, at, mask, MASKED: tl.constexpr, POLICY: tl.constexpr):
         both = tl.load(where, mask=mask[:, None], other=0, eviction_policy=POLICY)
     else:
         both = tl.load(where, eviction_policy=POLICY)
-    a, b = tl.split(both)
-    return a.to(tl.int32), (a >> 32).to(tl.int32), b.to(tl.int32), (b >> 32).to(tl.int32)
+    return four(both)
 
 
 @triton.jit

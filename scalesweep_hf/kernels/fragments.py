@@ -19,6 +19,13 @@ import triton.language as tl
 
 from scalesweep_hf.kernels.decoding import INTERPRETER, factor, pairs, scaled, widened
 
+_PRODUCT = (
+    "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
+    "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
+)
+_IN_BFLOAT16 = tl.constexpr(_PRODUCT.format("bf16"))
+_IN_FLOAT16 = tl.constexpr(_PRODUCT.format("f16"))
+
 
 @functools.cache
 def converts_e4m3(device: torch.device) -> bool:
@@ -32,6 +39,13 @@ def weights(word, factor, BFLOAT16: tl.constexpr):
     p0, p1, p2, p3 = pairs(word, BFLOAT16)
     first = scaled(p0, factor, BFLOAT16), scaled(p1, factor, BFLOAT16)
     return first + (scaled(p2, factor, BFLOAT16), scaled(p3, factor, BFLOAT16))
+
+
+@triton.jit
+def four(two):
+    """Split [T, 2] int64, which are loaded as 16 bytes a thread, into four words [T] int32."""
+    a, b = tl.split(two)
+    return a.to(tl.int32), (a >> 32).to(tl.int32), b.to(tl.int32), (b >> 32).to(tl.int32)
 
 
 @triton.jit
@@ -102,20 +116,10 @@ def multiply_add(w0, w1, w2, w3, x0, x1, sums, BFLOAT16: tl.constexpr):
         u0, u1 = _dot(w0, x0, w2, x1, BFLOAT16)
         u2, u3 = _dot(w1, x0, w3, x1, BFLOAT16)
         return s0 + u0, s1 + u1, s2 + u2, s3 + u3
-    elif BFLOAT16:
-        return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3",
-            [w0, w1, w2, w3, x0, x1, s0, s1, s2, s3],
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
-            is_pure=True,
-            pack=1,
-        )
     else:
+        ASSEMBLER: tl.constexpr = _IN_BFLOAT16 if BFLOAT16 else _IN_FLOAT16
         return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            ASSEMBLER,
             "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3",
             [w0, w1, w2, w3, x0, x1, s0, s1, s2, s3],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from scalesweep_hf.kernels.decoding import pairs, scale_of, scaled
-from scalesweep_hf.kernels.fragments import eight, multiply_add
+from scalesweep_hf.kernels.fragments import eight, four, multiply_add
 from scalesweep_hf.kernels.overlap import start
 
 # Rows of a program, and times eight blocks of a warp's strip.
@@ -52,7 +52,7 @@ def _load_weights(
                 where = packed_ptr + block
                 even, odd = tl.split(tl.load(scale_ptr + block))
                 code = even.to(tl.int16) | (odd.to(tl.int16) << 8)
-            words = words + _split(tl.load(where, eviction_policy="evict_first"))
+            words = words + four(tl.load(where, eviction_policy="evict_first"))
             codes = codes + (code,)
     return words, codes
 
@@ -69,16 +69,9 @@ def _load_x(x_ptr, strip, lane, G, EVEN: tl.constexpr):
         if not EVEN:
             mask = mask & (block < G)
         where = x_ptr.to(tl.pointer_type(tl.int64)) + (block[:, None] * 4 + two)
-        x = x + _split(tl.load(where, mask=mask[:, None], other=0))
-        x = x + _split(tl.load(where + 2, mask=mask[:, None], other=0))
+        x = x + four(tl.load(where, mask=mask[:, None], other=0))
+        x = x + four(tl.load(where + 2, mask=mask[:, None], other=0))
     return x
-
-
-@triton.jit
-def _split(two):
-    """Split [T, 2] int64 into four words [T]."""
-    a, b = tl.split(two)
-    return (a.to(tl.int32), (a >> 32).to(tl.int32), b.to(tl.int32), (b >> 32).to(tl.int32))
 
 
 @triton.jit
