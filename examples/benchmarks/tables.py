@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 import sys
 from collections.abc import Iterable
@@ -73,12 +74,13 @@ class Table:
         return lines
 
     def cell(self, row: Measurement | None) -> str:
-        """Return a median, and in brackets what follows from it."""
+        """Return a median, and in brackets what follows from it, cut to two decimals."""
         if row is None or row.quartiles is None:
             return ""
         if self.figure not in row.figures:
             return number(row.median)
-        return f"{number(row.median)} ({row.figures[self.figure]:.2f})"
+        cut = math.floor(100 * row.figures[self.figure] + 1e-9) / 100
+        return f"{number(row.median)} ({cut:.2f})"
 
 
 def filled(lines: list[list[str]]) -> list[list[str]]:

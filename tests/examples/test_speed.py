@@ -138,6 +138,16 @@ def test_sizes_in_columns_show_figure_spread_and_every_note(modules: dict[str, M
     ]
 
 
+@pytest.mark.parametrize(
+    ("share", "shown"), [(0.8967, "0.89"), (2.0, "2.00"), (0.29, "0.29"), (1.999, "1.99")]
+)
+def test_figures_behind_medians_are_cut_and_not_rounded_up(
+    modules: dict[str, ModuleType], share: float, shown: str
+) -> None:
+    row = modules["timing"].Measurement("a", "1", "x", [1.0, 2.0, 3.0], {"share": share})
+    assert modules["tables"].Table("T", "N", "s", "share").cell(row) == f"2 ({shown})"
+
+
 def test_a_model_quantized_in_place_is_the_one_that_is_quantized_on_loading(
     modules: dict[str, ModuleType], tmp_path: Path
 ) -> None:
