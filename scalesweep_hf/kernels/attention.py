@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import triton
+from packaging.version import Version
 from torch import Tensor
 
 from scalesweep_hf.kernels.attention_kernel import JOINED_WIDTH, join_kernel, kernel
@@ -23,6 +24,8 @@ LEAST, LEAST_OF_MANY, MANY = 64, 256, 64
 # threads hold, so that loading has the layout of the product.
 WIDTHS = {8: 64, 4: 32}
 MOST_ROWS, MOST_DIM, MOST_SPLITS = 32, 256, 512
+# Columns of the smallest product that Triton makes.
+LEAST_ROWS = 8 if Version(triton.__version__) >= Version("3.5") else 16
 # At head_dim 16 products came out wrong on an H200 with Triton 3.6; up to 64 nothing was tried.
 LEAST_DIM = 64
 DTYPES = (torch.bfloat16, torch.float16)
@@ -90,7 +93,7 @@ def _attend(
     query, key_rows, value_rows = map(_contiguous_rows, (query, key_rows, value_rows))
     result = query.new_empty(batch, t, query_heads, dim)
     constants: dict[str, Any] = {"GROUP": query_heads // heads, "T": t, "DIM": dim}
-    constants["ROWS"] = rows = max(triton.next_power_of_2(query_heads // heads * t), 8)
+    constants["ROWS"] = rows = max(triton.next_power_of_2(query_heads // heads * t), LEAST_ROWS)
     splits = count_splits(batch * heads, tokens, _multiprocessors(query.device))
     parts, states = result, result
     if splits > 1:

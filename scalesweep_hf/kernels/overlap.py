@@ -22,23 +22,25 @@ from scalesweep_hf.kernels.numbers import INTERPRETED
 
 NOT_OVERLAPPING = {"OVERLAPS": False}
 
-_CUDA = getattr(getattr(tl, "extra", None), "cuda", None)
-_wait = getattr(_CUDA, "gdc_wait", None)
-_launch_dependents = getattr(_CUDA, "gdc_launch_dependents", None)
+# Triton has functions for both; those of 3.4 do not compile.
+_WAIT = tl.constexpr("griddepcontrol.wait; // $0 is not used")
+_LAUNCH_DEPENDENTS = tl.constexpr("griddepcontrol.launch_dependents; // $0 is not used")
 
 
 @triton.jit
 def start(OVERLAPS: tl.constexpr):
     """Wait for the kernel before, and let the next one start."""
     if OVERLAPS:
-        _wait()
-        _launch_dependents()
+        tl.inline_asm_elementwise(_WAIT, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        tl.inline_asm_elementwise(
+            _LAUNCH_DEPENDENTS, "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
 
 
 @functools.cache
 def overlaps(device: torch.device) -> bool:
-    """Whether a device and this Triton have such launches."""
-    if INTERPRETED or device.type != "cuda" or _wait is None or _launch_dependents is None:
+    """Whether a device has such launches."""
+    if INTERPRETED or device.type != "cuda":
         return False
     return torch.cuda.get_device_capability(device) >= (9, 0)
 

@@ -61,6 +61,15 @@ def test_any_number_of_tokens_and_heads(tokens: int, group: int, device: str) ->
     check(queries(2, 2 * group, 1, 128, device), rows)
 
 
+def test_rows_are_padded_to_what_triton_multiplies(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LEAST_ROWS", 16)
+    rows = packed(2, 2, 300, 64, device)
+    check(queries(2, 2, 1, 64, device), rows)
+    check(queries(2, 8, 3, 64, device), rows, mask=left_padding(300, device))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dim", [64, 80, 96, 112, 256])
 def test_any_head_dim(dim: int, dtype: torch.dtype, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Launches overlap only where device and Triton can."""
+"""Launches overlap only where the device can."""
 
 import importlib
 
