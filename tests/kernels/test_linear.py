@@ -131,9 +131,13 @@ def test_every_code_with_every_scale_is_multiplied_exactly(
     expected = w.values(dtype).T.nan_to_num(9999.0)
     # One token takes all 16 at once: each has bits of its own in the sum, which is exact.
     powers = 2.0 ** torch.arange(-8, 8, device=device)[None]
-    y = multiply(twin, powers.to(dtype), w, dtype=torch.float32)
-    exact = (powers.double() @ w.values(torch.float32).double().T).float()
-    assert torch.equal(y.nan_to_num(9999.0), exact.nan_to_num(9999.0))
+    exact = (powers.double() @ w.values(torch.float32).double().T).float().nan_to_num(9999.0)
+    for before, after in ((0, 0), (0, 1), (1, 0)):  # blocks: scales come one by one, or in pairs
+        count = before + 1 + after
+        more = NVFP4Tensor(packed.repeat(1, count), scale.repeat(1, count), w.tensor_scale)
+        x = torch.nn.functional.pad(powers, (16 * before, 16 * after)).to(dtype)
+        y = multiply(twin, x, more, dtype=torch.float32)
+        assert torch.equal(y.nan_to_num(9999.0), exact)
     packed, scale = torch.cat([packed, 0 * packed], 1), scale.repeat(1, 2)  # K divisible by 32
     wide = NVFP4Tensor(packed, scale, w.tensor_scale)
     y = multiply(twin, torch.cat([eye, 0 * eye], 1), wide)  # [16, 256]
