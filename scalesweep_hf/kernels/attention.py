@@ -9,6 +9,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from scalesweep_hf.kernels.attention_kernel import JOINED_WIDTH, join_kernel, kernel
+from scalesweep_hf.kernels.devices import processors
 from scalesweep_hf.kernels.numbers import INTERPRETED
 from scalesweep_hf.ops.attention import ATTENTION, Attention
 
@@ -94,7 +95,7 @@ def _attend(
     result = query.new_empty(batch, t, query_heads, dim)
     constants: dict[str, Any] = {"GROUP": query_heads // heads, "T": t, "DIM": dim}
     constants["ROWS"] = rows = max(triton.next_power_of_2(query_heads // heads * t), LEAST_ROWS)
-    splits = count_splits(batch * heads, tokens, _multiprocessors(query.device))
+    splits = count_splits(batch * heads, tokens, 1 if INTERPRETED else processors(query.device))
     parts, states = result, result
     if splits > 1:
         parts = result.new_empty((batch * heads, splits, rows, dim), dtype=torch.float32)
@@ -166,14 +167,6 @@ def _unit(*rows: Tensor) -> int:
     """Return how many bytes of rows can be loaded at a time: 8, 4 or 1."""
     places = [n for x in rows for n in (x.data_ptr(), *x.stride()[:3])]
     return next(unit for unit in (8, 4, 1) if all(place % unit == 0 for place in places))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 _operator = torch.library.custom_op("scalesweep_hf::attend_packed", _attend, mutates_args=())

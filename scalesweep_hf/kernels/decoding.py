@@ -23,8 +23,10 @@ SIGNS = tl.constexpr(-0x7FFF8000)  # 0x80008000
 IN_BFLOAT16 = tl.constexpr(-0x7E3F7E40)  # 0x81C081C0: where `pairs` has its codes
 SCALE_BITS = tl.constexpr(-0x78100000)  # 0x87F00000
 # Ampere has no product of two bfloat16 at once, but adds -0 to one.
-_IN_BFLOAT16 = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
-_IN_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
+_TIMES_BFLOAT16 = tl.constexpr(
+    "{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }"
+)
+_TIMES_FLOAT16 = tl.constexpr("mul.rn.f16x2 $0, $1, $2;")
 # What `halves` returns are values times 1 / REST, in both formats.
 REST = tl.constexpr(256.0)
 
@@ -97,7 +99,7 @@ def scaled(pair, factor, BFLOAT16: tl.constexpr):
             upper = upper.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
             return (lower & 0xFFFF) | (upper << 16)
     else:  # as two products, this costs up to three instructions more, to move halves about
-        ASSEMBLER: tl.constexpr = _IN_BFLOAT16 if BFLOAT16 else _IN_FLOAT16
+        ASSEMBLER: tl.constexpr = _TIMES_BFLOAT16 if BFLOAT16 else _TIMES_FLOAT16
         return tl.inline_asm_elementwise(
             ASSEMBLER, "=r,r,r", [pair, factor], dtype=tl.int32, is_pure=True, pack=1
         )

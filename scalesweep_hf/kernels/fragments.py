@@ -23,8 +23,37 @@ _PRODUCT = (
     "mma.sync.aligned.m16n8k16.row.col.f32.{0}.{0}.f32 "
     "{{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, {{$8, $9}}, {{$10, $11, $12, $13}};"
 )
-_IN_BFLOAT16 = tl.constexpr(_PRODUCT.format("bf16"))
-_IN_FLOAT16 = tl.constexpr(_PRODUCT.format("f16"))
+_PRODUCT_BFLOAT16 = tl.constexpr(_PRODUCT.format("bf16"))
+_PRODUCT_FLOAT16 = tl.constexpr(_PRODUCT.format("f16"))
+# What `factors` returns, of two codes in the lower half of $2: scales times 2**118, or 2**6.
+_FACTORS_BFLOAT16 = tl.constexpr(
+    """{
+    .reg .b16 c, l, h;
+    .reg .b32 both;
+    .reg .f32 x, y;
+    cvt.u16.u32 c, $2;
+    cvt.rn.f16x2.e4m3x2 both, c;
+    mov.b32 {l, h}, both;
+    cvt.f32.f16 x, l;
+    cvt.f32.f16 y, h;
+    mul.rn.f32 x, x, 0f7A800000;
+    mul.rn.f32 y, y, 0f7A800000;
+    cvt.rn.bf16x2.f32 $0, x, x;
+    cvt.rn.bf16x2.f32 $1, y, y;
+    }"""
+)
+_FACTORS_FLOAT16 = tl.constexpr(
+    """{
+    .reg .b16 c;
+    .reg .b32 both, p;
+    cvt.u16.u32 c, $2;
+    cvt.rn.f16x2.e4m3x2 both, c;
+    mov.b32 p, 0x54005400;
+    mul.rn.f16x2 both, both, p;
+    prmt.b32 $0, both, both, 0x1010;
+    prmt.b32 $1, both, both, 0x3232;
+    }"""
+)
 
 
 @functools.cache
@@ -66,40 +95,10 @@ def factors(codes, BFLOAT16: tl.constexpr, CONVERTS: tl.constexpr):
     """
     if not CONVERTS:
         return factor((codes << 24) >> 4, BFLOAT16), factor((codes << 16) >> 4, BFLOAT16)
-    elif BFLOAT16:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b16 c, l, h;
-            .reg .b32 both;
-            .reg .f32 x, y;
-            cvt.u16.u32 c, $2;
-            cvt.rn.f16x2.e4m3x2 both, c;
-            mov.b32 {l, h}, both;
-            cvt.f32.f16 x, l;
-            cvt.f32.f16 y, h;
-            mul.rn.f32 x, x, 0f7A800000;
-            mul.rn.f32 y, y, 0f7A800000;
-            cvt.rn.bf16x2.f32 $0, x, x;
-            cvt.rn.bf16x2.f32 $1, y, y;
-            }""",
-            "=&r,=&r,r",
-            [codes],
-            dtype=(tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
     else:
+        ASSEMBLER: tl.constexpr = _FACTORS_BFLOAT16 if BFLOAT16 else _FACTORS_FLOAT16
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b16 c;
-            .reg .b32 both, p;
-            cvt.u16.u32 c, $2;
-            cvt.rn.f16x2.e4m3x2 both, c;
-            mov.b32 p, 0x54005400;
-            mul.rn.f16x2 both, both, p;
-            prmt.b32 $0, both, both, 0x1010;
-            prmt.b32 $1, both, both, 0x3232;
-            }""",
+            ASSEMBLER,
             "=&r,=&r,r",
             [codes],
             dtype=(tl.int32, tl.int32),
@@ -117,7 +116,7 @@ def multiply_add(w0, w1, w2, w3, x0, x1, sums, BFLOAT16: tl.constexpr):
         u2, u3 = _dot(w1, x0, w3, x1, BFLOAT16)
         return s0 + u0, s1 + u1, s2 + u2, s3 + u3
     else:
-        ASSEMBLER: tl.constexpr = _IN_BFLOAT16 if BFLOAT16 else _IN_FLOAT16
+        ASSEMBLER: tl.constexpr = _PRODUCT_BFLOAT16 if BFLOAT16 else _PRODUCT_FLOAT16
         return tl.inline_asm_elementwise(
             ASSEMBLER,
             "=f,=f,=f,=f,r,r,r,r,r,r,0,1,2,3",

@@ -1,34 +1,24 @@
 """The product of one token by a packed weight: which programs take it."""
 
-import functools
-
 import torch
 import triton
 from torch import Tensor
 
 from scalesweep_hf.kernels.decoding import in_words
+from scalesweep_hf.kernels.devices import processors
 from scalesweep_hf.kernels.fragments import converts_e4m3
-from scalesweep_hf.kernels.numbers import INTERPRETED
 from scalesweep_hf.kernels.overlap import overlapping
 from scalesweep_hf.kernels.vector_kernel import EIGHTS, ROWS, vector_kernel
 from scalesweep_hf.ops.sweep import BLOCK
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if INTERPRETED:
-        return 132
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
-
-
-def _shape_of_programs(tiles: int, processors: int) -> tuple[int, bool, int]:
+def _shape_of_programs(tiles: int, count: int) -> tuple[int, bool, int]:
     """Return warps of a program, whether to load ahead, and registers of a thread.
 
     The best of those timed on an H200. All programs should be there at once, with registers to load
     ahead where 16 warps of a processor are enough, else as 28 warps.
     """
-    share = triton.cdiv(tiles, processors)
+    share = triton.cdiv(tiles, count)
     if share <= 4:
         return 8 if share <= 2 else 4, True, 128
     return 4, False, 72
@@ -48,7 +38,7 @@ def multiply_one(
     y = row.new_empty((1, n), dtype=dtype)
     paired = blocks % 2 == 0
     tiles = triton.cdiv(n, ROWS.value)
-    warps, ahead, registers = _shape_of_programs(tiles, _processors(row.device))
+    warps, ahead, registers = _shape_of_programs(tiles, processors(row.device))
     columns = 8 * EIGHTS.value * warps  # blocks of a step
     steps = triton.cdiv(blocks, columns)
     with torch.cuda.device_of(row):
